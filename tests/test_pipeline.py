@@ -11,6 +11,7 @@ import pytest
 import warm
 from builders import ROOT, TINY_RUN, composed, metrics, planned, record_files, run, write_tiny_data
 from declared import declaration, named_by_producers
+from msgspec import UNSET
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
@@ -313,6 +314,18 @@ WAYS = {
                  "loss=positives", "pair=positives", "pair.minimum_score=0",
                  "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
     "implicit": ["judge=implicit", "data.seed_data.eft_source=none", "train.reference_policy=sft"],
+    "writers": ["data.respond.writers=[self,previous]", "pair=by_writer", "pair.rejected_from=previous",
+                "judge.model=previous"],
+    "ahead": ["data.respond.writers=[next,base]", "pair=by_writer", "pair.chosen_from=next", "pair.rejected_from=base",
+              "iterations=1", "data.instruct.count=8"],
+    "demonstrated": ["data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]",
+                     "data.respond.candidates=1", "pair=by_writer", "pair.chosen_from=demonstration",
+                     "pair.rejected_from=self", "pair.by_score=false", "data.respond.sampling.max_new_tokens=9"],
+    "panel": ["judge=panel", "+judge@judge.members.read=expected_score", "+judge@judge.members.outside=expected_score",
+              "judge.members.outside.model=random:tiny", "+judge.weights.read=2", "data.seed_data.eft_source=none",
+              "iterations=1"],
+    "changes": ["+judge@at.2.judge=expected_score", "at.2.judge.model=random:tiny", "+loss@at.2.loss=ipo",
+                "+at.2.writers=[self,sft]", "+pair@at.2.pair=random"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
 }  # fmt: skip
 
@@ -433,6 +446,104 @@ def check_implicit(folder: Path) -> None:
 def check_base_reference(folder: Path) -> None:
     assert manifest(folder, "iteration_1/reference")["inputs"]["policy"]["digest"] == manifest(folder, "M0")["digest"]
     assert manifest(folder, "iteration_1/start")["inputs"]["policy"]["digest"] == manifest(folder, "M1")["digest"]
+
+
+def digest_in(folder: Path, label: str, name: str) -> str:
+    return manifest(folder, label)["inputs"][name]["digest"]
+
+
+def check_writers(folder: Path) -> None:
+    """M_{t-1} is M0 for M1: it writes what is rejected, and judges."""
+    digests = {name: manifest(folder, name)["digest"] for name in ("M0", "M1", "M2")}
+    weights = read_json(folder / "provenance.json")["weights"]
+    for iteration, now, before in ((1, "M1", "M0"), (2, "M2", "M1")):
+        place = f"iteration_{iteration}"
+        assert digest_in(folder, f"{place}/responses_by_previous", "policy") == digests[before]
+        assert digest_in(folder, f"{place}/judgements", "policy") == digests[before]
+        assert digest_in(folder, f"{place}/reference", "policy") == digests[now]
+        written = {r.id: r for r in records(folder, f"{place}/responses", "responses", Response)}
+        assert len(written) == 2 * 3 * 3
+        assert {(r.writer, r.model) for r in written.values()} == {
+            ("self", weights[now]),
+            ("previous", weights[before]),
+        }
+        pairs = records(folder, f"{place}/pairs", "pairs", PreferencePair)
+        assert pairs
+        assert {(written[p.chosen_id].writer, written[p.rejected_id].writer) for p in pairs} == {("self", "previous")}
+        assert all(written[p.chosen_id].ids == p.chosen_ids != [] for p in pairs)
+
+
+def check_ahead(folder: Path) -> None:
+    """A model aligned on M1's responses against M0's writes in place of M1, and M2 is aligned from M1."""
+    place = "iteration_1"
+    ahead = manifest(folder, f"{place}/ahead_model")["digest"]
+    m1 = manifest(folder, "M1")["digest"]
+    assert digest_in(folder, f"{place}/ahead_model", "policy") == digest_in(folder, "M2", "policy") == m1
+    assert digest_in(folder, f"{place}/ahead_responses_by_self", "policy") == m1
+    assert digest_in(folder, f"{place}/responses_by_next", "policy") == ahead
+    assert ahead not in (m1, manifest(folder, "M2")["digest"])
+    rows = [row for row in metrics(folder) if row["label"] in ("M2", f"{place}/ahead_model") and "align/step" in row]
+    assert {row["label"] for row in rows} == {"M2", f"{place}/ahead_model"}
+
+
+def check_demonstrated(folder: Path) -> None:
+    taught = {d.prompt[0]["content"]: d for d in records(folder, "seeds", "demonstrations", Demonstration)}
+    for iteration in (1, 2):
+        place = f"iteration_{iteration}"
+        assert not (folder / "artifacts" / place / "judgements").exists()
+        pairs = records(folder, f"{place}/pairs", "pairs", PreferencePair)
+        assert pairs
+        for pair in pairs:
+            assert pair.chosen == taught[pair.prompt[0]["content"]].response != pair.rejected
+            assert (pair.chosen_score, pair.rejected_score) == (None, None)
+        counts = manifest(folder, f"{place}/pairs")["counts"]
+        assert "mean_score_margin" not in counts
+        answers = {r.id: r for r in records(folder, f"{place}/responses", "responses", Response)}
+        assert all(r.tokens > 1 for r in answers.values())
+        lengths = [answers[p.chosen_id].tokens - answers[p.rejected_id].tokens for p in pairs]
+        assert counts["mean_length_difference"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+def check_panel(folder: Path) -> None:
+    """Every member judges by its own model, and scores are the weighted shares of won comparisons."""
+    m0, m1 = (manifest(folder, name)["digest"] for name in ("M0", "M1"))
+    place = "iteration_1/judgements"
+    assert (digest_in(folder, f"{place}_by_read", "policy"), digest_in(folder, f"{place}_by_outside", "policy")) == (
+        m1,
+        m0,
+    )
+    assert digest_in(folder, "evaluation_M2/ranked_scores_by_outside", "policy") == m0
+    members = {
+        name: {s.id: s.score for s in records(folder, f"{place}_by_{name}", "scores", ResponseScore)}
+        for name in ("read", "outside")
+    }
+    combined = {s.id: s.score for s in records(folder, place, "scores", ResponseScore)}
+    by_instruction: dict[str, list[str]] = {}
+    for response in records(folder, "iteration_1/responses", "responses", Response):
+        by_instruction.setdefault(response.instruction_id, []).append(response.id)
+    for ids in by_instruction.values():
+        for one in ids:
+            shares = {
+                name: sum(
+                    (scores[one] > scores[other]) + (scores[one] == scores[other]) / 2 for other in ids if other != one
+                )
+                / 2
+                for name, scores in members.items()
+            }
+            assert combined[one] == pytest.approx((2 * shares["read"] + shares["outside"]) / 3)
+    assert 0 <= manifest(folder, place)["counts"]["judge/disagreement"] <= 1
+
+
+def check_changes(folder: Path) -> None:
+    """From iteration 2 on, others judge, write, pair and align; evaluations keep their judge."""
+    m0, m1 = (manifest(folder, name)["digest"] for name in ("M0", "M1"))
+    inputs = [manifest(folder, f"iteration_{n}/pairs")["inputs"] for n in (1, 2)]
+    assert [one["rule"]["class"] for one in inputs] == ["BestWorst", "RandomPair"]
+    assert [manifest(folder, name)["inputs"]["loss"]["class"] for name in ("M2", "M3")] == ["SrDPO", "IPO"]
+    assert [digest_in(folder, f"iteration_{n}/judgements", "policy") for n in (1, 2)] == [m1, m0]
+    assert digest_in(folder, "evaluation_M3/scores", "policy") == m1
+    writers = [{r.writer for r in records(folder, f"iteration_{n}/responses", "responses", Response)} for n in (1, 2)]
+    assert writers == [{UNSET}, {"self", "sft"}]
 
 
 def check_adapters(folder: Path) -> None:

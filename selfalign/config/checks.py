@@ -16,17 +16,23 @@ from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
-from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
+from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
+from selfalign.stages.instruct import DEMONSTRATIONS
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, WrittenScore
 from selfalign.stages.pair import PositivesOnly
-from selfalign.stages.seed_data import EFTSource, TeachableJudge
+from selfalign.stages.respond import DEMONSTRATION, NEXT
+from selfalign.stages.seed_data import AssistantTurns, EFTSource, TeachableJudge
 from selfalign.training.config import TrainConfig
+
+CHANGES = ("judge", "pair", "loss", "writers")
+"""What may change from an iteration on."""
 
 
 def check_experiment(config: ExperimentConfig) -> None:
@@ -53,10 +59,10 @@ def check_experiment(config: ExperimentConfig) -> None:
         raise SelfalignError(f"iterations={config.iterations}, but data=pairs gives one set of pairs: set iterations=1")
     if isinstance(config.pair, PairRule):
         config.pair.check_iterations(config.iterations)
-    if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
-        raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    _check_loss_and_rule(config)
     _check_evaluation_fine_tuning(config)
     _check_judge(config)
+    _check_iterations(config)
     _check_benchmarks(config)
     check_effects(config)
     check_counts(config)
@@ -75,6 +81,12 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
             "data.seed_data.eft_source=baseline needs a judge that writes justifications: choose "
             "judge=additive or judge=multiple_choice"
         )
+
+
+def _check_loss_and_rule(config: ExperimentConfig) -> None:
+    """Check that the loss takes what the pair rule gives."""
+    if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
+        raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
@@ -99,9 +111,47 @@ def _check_judge(config: ExperimentConfig) -> None:
             "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
             "evaluate.judge=sft."
         )
-    for end in ("min_score", "max_score"):
-        if not isinstance(value := getattr(judge, end, 0), int):
-            raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
+    _check_ends("judge", judge)
+    other = config.evaluate.preference_pairs.judge
+    if getattr(other, "model", "") == "previous":
+        raise SelfalignError(
+            "evaluate.preference_pairs.judge.model=previous: M_{t-1} judges new responses only (judge.model). "
+            "Set self, sft or base"
+        )
+
+
+def _check_ends(key: str, judge: Any) -> None:
+    """Check a panel, and that scales end in whole numbers."""
+    if isinstance(judge, Panel):
+        judge.check(key)
+    for place, member in judges_in(key, judge).items():
+        for end in ("min_score", "max_score"):
+            if not isinstance(value := getattr(member, end, 0), int):
+                raise SelfalignError(f"{place}.{end} must be a whole number, got {value!r}")
+
+
+def _check_iterations(config: ExperimentConfig) -> None:
+    """Check what changes from an iteration on, and the settings of each such iteration."""
+    for start, changes in config.at.items():
+        key = f"at.{start}"
+        if not start.isdecimal() or not 2 <= int(start) <= config.iterations:
+            raise SelfalignError(
+                f"{key}: what changes from an iteration on is for iterations 2 to iterations={config.iterations}"
+            )
+        if not isinstance(changes, dict) or not changes or set(changes) - set(CHANGES):
+            found = f"{key}.{', '.join(sorted(set(changes) - set(CHANGES)))}" if isinstance(changes, dict) else key
+            raise SelfalignError(f"{found}: from an iteration on, {', '.join(CHANGES)} can change, and nothing else")
+        if isinstance(config.data, Pairs):
+            raise SelfalignError(f"{key} has no effect: data=pairs has one iteration")
+        try:
+            own = config.in_iteration(int(start))
+            check_components(own)
+            _check_ends(own.judge_setting(int(start)), own.judge)
+            _check_loss_and_rule(own)
+            check_effects(own)
+            check_counts(own)
+        except SelfalignError as error:
+            raise SelfalignError(f"{key}: {error}") from error
 
 
 def check_counts(config: ExperimentConfig) -> None:
@@ -120,11 +170,12 @@ def check_counts(config: ExperimentConfig) -> None:
         _check_checkpoints(config.train, data.count - held_out)
         return
     _check_seeds(data)
+    _check_writers(config, data)
     _check_candidates(config, data)
     _check_scores(config)
     _check_training_lengths(config, data)
     if isinstance(rule := config.pair, PairRule):
-        most = data.instruct.count * rule.wanted(data.respond.candidates)
+        most = data.instruct.count * rule.wanted(data.respond.most_candidates)
         if rule.minimum_pairs > most:
             raise SelfalignError(f"pair.minimum_pairs={rule.minimum_pairs}, but {_sizes(data)} gives {most} at most")
         if held_out >= most:
@@ -133,7 +184,7 @@ def check_counts(config: ExperimentConfig) -> None:
                 "leaves none to train on: lower it or raise data.instruct.count"
             )
         _check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
-    elif rule.minimum_examples > (most := data.instruct.count * data.respond.candidates):
+    elif rule.minimum_examples > (most := data.instruct.count * data.respond.most_candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
 
 
@@ -348,9 +399,41 @@ def _check_seeds(data: SelfRewarding) -> None:
         )
 
 
+def _check_writers(config: ExperimentConfig, data: SelfRewarding) -> None:
+    """Check that every writer can write, and that the pair rule takes what it writes."""
+    writers, rule = data.respond.writers, config.pair
+    drawn = data.instruct.source == DEMONSTRATIONS
+    if drawn and not data.seed_data.demonstrations:
+        raise SelfalignError("data.instruct.source=demonstrations, but data.seed_data.demonstrations is empty: set it")
+    if drawn and data.seed_data.assistant_turns != AssistantTurns.last:
+        raise SelfalignError(
+            "data.instruct.source=demonstrations answers last turns again, and "
+            "data.seed_data.assistant_turns=all teaches others too: set one of them otherwise"
+        )
+    if DEMONSTRATION in writers and not drawn:
+        raise SelfalignError(
+            f"data.respond.writers={writers}: a demonstration answers its own prompt only. Set "
+            "data.instruct.source=demonstrations"
+        )
+    if isinstance(rule, ByWriter):
+        sides = [rule.chosen_from, rule.rejected_from]
+        if sorted(sides) != sorted(writers):
+            raise SelfalignError(
+                f"pair=by_writer takes chosen responses from {sides[0]} and rejected ones from {sides[1]}, but "
+                f"data.respond.writers={writers}: name these two"
+            )
+        if sorted(sides) == ["next", "self"]:
+            raise SelfalignError(
+                "data.respond.writers=[next,self]: the next model is made of pairs in which M_t writes in its place, "
+                "so the other writer must be another one, such as sft"
+            )
+    if NEXT in writers and not config.loss.pairwise:
+        raise SelfalignError("data.respond.writers: next needs a loss that aligns on pairs; loss=positives does not")
+
+
 def _check_candidates(config: ExperimentConfig, data: SelfRewarding) -> None:
     """Check that there are enough candidates for pairs and comparisons."""
-    candidates, rule = data.respond.candidates, config.pair
+    candidates, rule = data.respond.most_candidates, config.pair
     needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) else 1
     why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "a pair"
     if isinstance(config.judge, Pairwise) and needed < 2:

@@ -12,6 +12,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import PairRule
 from selfalign.data.schemas import Schema
 from selfalign.engines.protocol import Engine
+from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import Judge
 from selfalign.losses.protocol import FineTuningLoss, PreferenceLoss
 from selfalign.runs.tracker import Tracking
@@ -48,6 +49,9 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
     """Yield (key, component, accepted kinds)."""
     for group, kinds in COMPONENTS.items():
         yield group, getattr(config, group), kinds
+    if isinstance(config.judge, Panel):
+        for key, member in judges_in("judge", config.judge).items():
+            yield key, member, COMPONENTS["judge"]
     if (judge := config.evaluate.preference_pairs.judge) is not None:
         yield "evaluate.preference_pairs.judge", judge, COMPONENTS["judge"]
     if (schema := config.data.schema) is not None:

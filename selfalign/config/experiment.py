@@ -1,6 +1,6 @@
 """`ExperimentConfig`, the tree of all settings. The dataclasses of its groups are the components themselves."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfalign.core.files import path_of
@@ -50,6 +50,9 @@ class ExperimentConfig:
         train: how models are trained.
         evaluate: how models are evaluated.
         benchmark: {name: published benchmark} that also evaluates the models.
+        at: {iteration: what is different from this iteration on}: another `judge`, `pair` or `loss`, as in
+            `+judge@at.2.judge=external`, or another list of `writers`. `judge` itself stays the judge of evaluation
+            fine-tuning and of all evaluations.
         tracker: records metrics besides the run folder.
         dry_run: make nothing, but run one batch or two steps of every stage on records of the largest size, and
             estimate the memory, time and money that the run needs.
@@ -72,6 +75,7 @@ class ExperimentConfig:
     train: TrainConfig = MISSING
     evaluate: EvaluateConfig = MISSING
     benchmark: dict[str, Any] = field(default_factory=dict)
+    at: dict[str, Any] = field(default_factory=dict, metadata={"keyed": "if set"})
     tracker: Any = field(default=MISSING, metadata={"keyed": False})
     dry_run: bool = field(default=False, metadata={"keyed": False})
     price_per_hour: float = field(default=0.0, metadata={"keyed": False})
@@ -79,6 +83,22 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         self.output_dir = str(path_of(self.output_dir))
+
+    def in_iteration(self, iteration: int) -> "ExperimentConfig":
+        """Return the settings of an iteration, counted from 1, with all that changed until then."""
+        changes: dict[str, Any] = {}
+        for start in sorted(self.at, key=int):
+            if int(start) <= iteration:
+                changes |= self.at[start]
+        data = self.data
+        if (writers := changes.pop("writers", None)) is not None:
+            data = replace(data, respond=replace(data.respond, writers=list(writers)))
+        return replace(self, data=data, **changes) if changes or writers else self
+
+    def judge_setting(self, iteration: int) -> str:
+        """Return the setting that holds the judge of an iteration."""
+        starts = [start for start in self.at if int(start) <= iteration and "judge" in self.at[start]]
+        return f"at.{max(starts, key=int)}.judge" if starts else "judge"
 
     @property
     def trains_m1(self) -> bool:

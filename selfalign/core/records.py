@@ -146,6 +146,7 @@ class Response:
     model's markers included; a thought without an end leaves no answer, and the response is `truncated`. `tokens`
     counts the answer's tokens, the end of turn included, and `thought_tokens` those before them. `ids` are all of them
     in their order: what a policy is trained on is what was written. They are empty where only a text came back.
+    `writer` is who wrote it, as `data.respond.writers` has it; there is no such field where M_t alone writes.
     """
 
     id: str
@@ -157,6 +158,7 @@ class Response:
     ids: list[int] = field(default_factory=list)
     thought: str = ""
     thought_tokens: int = 0
+    writer: str | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH, FinishReason.TRUNCATED):

@@ -90,6 +90,19 @@ class PairRule(ABC):
             return self
         return replace(self, length_control=self.length_control[iteration - 1])
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the responses have to be judged."""
+        return True
+
+    def without_writer(self, writer: str, other: str) -> Self:
+        """Return the rule for responses in which another writer takes the place of one."""
+        return self
+
+    def assumed_scores(self, responses: Sequence[Response]) -> dict[str, float]:
+        """Return {response id: score} of responses that are not judged."""
+        return {}
+
     @abstractmethod
     def wanted(self, responses: int) -> int:
         """Return how many pairs so many responses should give: the unit in which drops are counted."""
@@ -176,6 +189,63 @@ class BestVsK(PairRule):
         return _first_against(best, worst, self.k)
 
 
+@dataclass(kw_only=True, slots=True)
+class ByWriter(PairRule):
+    """Pair the best response of one writer with the worst of another: one pair an instruction.
+
+    Temporal self-rewarding (arXiv 2508.06026) takes the chosen response from a later model and the rejected one from an
+    earlier; SPIN (arXiv 2401.01335) takes a demonstration and the model's own response, and judges neither.
+
+    Attributes:
+        chosen_from: the writer of chosen responses, one of `data.respond.writers`.
+        rejected_from: the writer of rejected responses.
+        by_score: whether responses are judged. If false, nothing is judged, and each writer's first response is taken.
+    """
+
+    chosen_from: str = "self"
+    rejected_from: str = "sft"
+    by_score: bool = True
+
+    def __post_init__(self) -> None:
+        PairRule.__post_init__(self)
+        if self.chosen_from == self.rejected_from:
+            raise SelfalignError(f"pair.chosen_from and pair.rejected_from must differ, got {self.chosen_from} twice")
+        if self.length_control is not None:
+            raise SelfalignError(
+                f"pair.length_control={self.length_control} has no effect with pair=by_writer, whose responses come "
+                "from two writers: remove it"
+            )
+        if not self.by_score and self.minimum_margin:
+            raise SelfalignError(
+                f"pair.minimum_margin={self.minimum_margin} has no effect with pair.by_score=false: remove it"
+            )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the responses have to be judged."""
+        return self.by_score
+
+    def without_writer(self, writer: str, other: str) -> Self:
+        """Return the rule for responses in which another writer takes the place of one."""
+        names = {"chosen_from": self.chosen_from, "rejected_from": self.rejected_from}
+        return replace(self, **{key: other if name == writer else name for key, name in names.items()})
+
+    def wanted(self, responses: int) -> int:
+        """Return 1, whatever the number of responses."""
+        return 1
+
+    def assumed_scores(self, responses: Sequence[Response]) -> dict[str, float]:
+        """Return 1 for the responses of the writer that is taken to be better, and 0 for those of the other."""
+        better = {self.chosen_from: 1.0, self.rejected_from: 0.0}
+        return {one.id: better[str(one.writer)] for one in responses if one.writer in better}
+
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
+        """Pair the first of the best by one writer with the first of the worst by the other."""
+        chosen = next((one for one in best if one.response.writer == self.chosen_from), None)
+        rejected = next((one for one in worst if one.response.writer == self.rejected_from), None)
+        return [(chosen, rejected)] if chosen is not None and rejected is not None else []
+
+
 def pick_pairs(
     rule: PairRule, responses: Sequence[Response], scores: dict[str, float], seed: int
 ) -> tuple[Picked, Counter[str]]:
@@ -226,8 +296,8 @@ def ordered(pool: Sequence[ScoredResponse], rho: float | None) -> tuple[list[Sco
 def against_pair(rule: PairRule, chosen: ScoredResponse, rejected: ScoredResponse) -> str | None:
     """Return why two responses make no pair, or None."""
     margin = chosen.score - rejected.score
-    if margin < 0:
-        return "length_control"  # A large ρ can pick a shorter response that is not the better one.
+    if margin < 0:  # A large ρ can pick a shorter response that is not the better one.
+        return "rejected_is_better" if rule.length_control is None else "length_control"
     if margin <= rule.minimum_margin:
         return "tie" if margin == 0 else "small_margin"
     one, other = chosen.response.text, rejected.response.text

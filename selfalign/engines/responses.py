@@ -87,11 +87,7 @@ def generate_responses(
             100 * share,
         )
     return {
-        catalog.RESPONSES.name: tally.tokens.count,
-        catalog.MEAN_TOKENS.name: tally.tokens.value,
-        catalog.MEAN_CHARACTERS.name: tally.characters.value,
-        catalog.FINISHED_SHARE.name: tally.finished.value,
-        **tally.thought_counts(),
+        **tally.counts(),
         "dropped": {"prompt_too_long": dropped},
         **fault_counts(faults),
         **generator.counts,
@@ -117,6 +113,16 @@ class ResponseCounts:
             self.thought_tokens.add(response.thought_tokens)
             self.truncated.add(response.finish_reason is FinishReason.TRUNCATED)
             yield response
+
+    def counts(self) -> Counts:
+        """Return their number, lengths and shares."""
+        return {
+            catalog.RESPONSES.name: self.tokens.count,
+            catalog.MEAN_TOKENS.name: self.tokens.value,
+            catalog.MEAN_CHARACTERS.name: self.characters.value,
+            catalog.FINISHED_SHARE.name: self.finished.value,
+            **self.thought_counts(),
+        }
 
     def thought_counts(self) -> Counts:
         """Length of the thoughts and share of those without an end; nothing where nobody has thought."""

@@ -29,9 +29,11 @@ from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.store.artifacts import Artifact, Counts
 from selfalign.store.journal import Journal
 
-OWN_MODELS = ("self", "sft", "base")
-"""Names of the run's own models as judges: M_t, M1 and M0."""
+OWN_MODELS = ("self", "sft", "base", "previous")
+"""Names of the run's own models as judges: M_t, M1, M0 and M_{t-1}."""
 
+NO_MODEL = ""
+"""The `model` of a judge that asks none."""
 
 INSTRUCTIONS_PER_CALL = CHUNK // 4
 """Instructions judged at a time; with four candidates each, as many responses as a stage holds records."""
@@ -127,6 +129,7 @@ class JudgeContext:
         reference: the reference policy of the judging policy, for judges that compare the two.
         engine: the engine.
         seed: of everything that is sampled.
+        member_scores: {member of a panel: {response id: score}}.
         counts: the engine's own counts, such as its version.
     """
 
@@ -135,6 +138,7 @@ class JudgeContext:
     reference: PolicyCheckpoint | None
     engine: Engine
     seed: int
+    member_scores: dict[str, dict[str, float]] = field(default_factory=dict)
     counts: Counts = field(default_factory=dict, init=False)
     _client: Client | None = field(default=None, init=False)
     _role: str = field(default="", init=False)
@@ -204,7 +208,8 @@ class Judge(Protocol):
     A wanted judgement that fails with all its attempts counts once against `max_failure_rate`. A response with fewer
     than `min_valid_samples` valid judgements is unjudged. `instructions_per_call` is the number of instructions judged
     at a time, each with all its responses. `token_setting` names the setting that limits the length of the judge's
-    texts; it is None for a judge that writes nothing.
+    texts; it is None for a judge that writes nothing. `model` is `NO_MODEL` for a judge that asks no model: it gets no
+    policy, and its results depend on none.
     """
 
     max_failure_rate: float
@@ -249,14 +254,21 @@ def asks_a_server(judge: object) -> bool:
     return bool(getattr(judge, "endpoint", Endpoint()).base_url)
 
 
+def asks_a_policy(judge: Any) -> bool:
+    """Whether a policy judges, and not a server or the judge by itself."""
+    return not asks_a_server(judge) and judge.model != NO_MODEL
+
+
 def who_judges(judge: Any, policy: Artifact | None) -> str:
     """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
-    return policy.key if policy is not None and not asks_a_server(judge) else judge.endpoint.model
+    if asks_a_server(judge):
+        return judge.endpoint.model
+    return policy.key if policy is not None else "no model"
 
 
 def wants_model(judge: Any) -> bool:
     """Whether a model has to be loaded that only judges. There may be no judge at all."""
-    return judge is not None and not asks_a_server(judge) and judge.model not in OWN_MODELS
+    return judge is not None and asks_a_policy(judge) and judge.model not in OWN_MODELS
 
 
 def by_instruction(subjects: Sequence[InstructionResponse]) -> dict[str, list[InstructionResponse]]:
@@ -337,6 +349,8 @@ def check_scale(low: int, high: int) -> None:
 
 def check_model(model: str, key: str = "judge") -> None:
     """Check that the judge is one of the run's own models, or looks like a model source."""
+    if model == "previous" and key != "judge":
+        raise SelfalignError(f"{key}.model=previous: M_{{t-1}} judges new responses only (judge.model)")
     if model not in OWN_MODELS and not re.search("[/:~]", model) and not Path(model or "/nowhere").is_dir():
         raise SelfalignError(
             f"{key}.model must be {', '.join(OWN_MODELS)}, or a folder, hub id or packaged model as model.path takes; "

@@ -357,7 +357,7 @@ def _measure(
     first = contestants[0].policy
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get(Label.model("M0"), first), made.get(Label.model("M1"), made.get(Label.model("M0"), first))
-    models = RunModels(base, sft, first, base, None, **fixed_judges(config, run))
+    models = RunModels(base, sft, first, base, base, **fixed_judges(config, run))
     find_files(config)
     learnt = {artifact.digest: artifact for c in contestants for artifact in (*c.seed_data, *c.pairs)}
     given = RunInputs(config, run, [*learnt.values()])

@@ -132,13 +132,18 @@ class ServerProbe:
 
 def probes(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
     """Return a probe for each endpoint that the remaining stages use."""
+    judged = {
+        config.judge_setting(label.iteration_number) if label.kind is Kind.ITERATION else "judge"
+        for label in labels
+        if label.is_judged
+    }
     busy = {
-        "judge": any(label.is_judged for label in labels),
+        **dict.fromkeys(judged, True),
         "train.checkpoint_selection.head_to_head": any(label.is_aligned for label in labels),
         "evaluate.head_to_head": any(label.opponent for label in labels),
         "evaluate.preference_pairs.judge": Label.input("preferences", "scores") in labels,
     }
-    judges = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
+    judges = [(key, judge) for key, judge in judges_of(config).items() if busy.get(key.partition(".members.")[0])]
     for name, benchmark in config.benchmark.items():
         if measured_by(name, labels):
             judges.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))

@@ -224,6 +224,9 @@ JUDGE_TIED_SHARE = Metric("judge/tie_rate", "share of instructions with several 
     "share", better="lower", title="tied")
 JUDGE_CONSTANT = Metric("judge/constant",
     "1 if the judge's scores are nearly constant (`judge.degeneracy`), else 0", "flag", better="lower")
+JUDGE_DISAGREEMENT = Metric("judge/disagreement",
+    "share of two responses that two judges of a panel rank in opposite orders, of those that both rank",
+    "share", better="lower", title="judges disagree")
 JUDGE_POSITION_BIAS = Metric("judge/position_bias",
     "share of comparisons in which the same position won in both orders",
     "share", better="lower", title="position bias")

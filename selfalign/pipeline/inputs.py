@@ -18,7 +18,7 @@ from selfalign.runs.runner import StageRunner
 from selfalign.stages.eval_instructions import eval_instructions, measured_by, overlapping
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.given_outputs import given_outputs
-from selfalign.stages.instruct import InstructConfig
+from selfalign.stages.instruct import DEMONSTRATIONS, InstructConfig
 from selfalign.stages.pair import given_pairs
 from selfalign.stages.preference_accuracy import preference_test
 from selfalign.stages.seed_data import EFTSource, asks_known, seed_data, taught_questions, untrained_questions
@@ -97,10 +97,11 @@ class RunInputs:
             self.pairs = self._given_pairs(data)
         else:
             source, schema = data.instruct.source, data.schema
-            self.instructions = self._read_instructions(
-                "instructions", "data.instruct.source", source, 0, None, schema=schema
-            )
-            self._check_instructions(data.instruct)
+            if source != DEMONSTRATIONS:
+                self.instructions = self._read_instructions(
+                    "instructions", "data.instruct.source", source, 0, None, schema=schema
+                )
+                self._check_instructions(data.instruct)
         if evaluation.preference_pairs.source:
             self.preferences = self._preference_pairs(evaluation.preference_pairs)
 
@@ -263,7 +264,9 @@ def data_sources(config: ExperimentConfig) -> dict[str, DataSource]:
         "data.seed_data.demonstrations": data.seed_data.demonstrations,
         "data.seed_data.ranked": data.seed_data.ranked,
         "data.path": data.path if isinstance(data, Pairs) else "",
-        "data.instruct.source": data.instruct.source if isinstance(data, SelfRewarding) else "",
+        "data.instruct.source": data.instruct.source
+        if isinstance(data, SelfRewarding) and data.instruct.source != DEMONSTRATIONS
+        else "",
         "evaluate.instructions": evaluation.instructions,
         "evaluate.reference_outputs": evaluation.reference_outputs,
         "evaluate.preference_pairs.source": ""

@@ -23,11 +23,12 @@ from selfalign.runs.labels import BASELINE, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
+from selfalign.stages.demonstrated import demonstrated_instructions, demonstrated_responses
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
-from selfalign.stages.instruct import given_instructions, instruct
+from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
 from selfalign.stages.pair import PositivesOnly, gather_pairs, pair
 from selfalign.stages.reference_logprobs import reference_logprobs
-from selfalign.stages.respond import respond
+from selfalign.stages.respond import DEMONSTRATION, NEXT, join_responses, respond
 from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artifact
@@ -45,7 +46,9 @@ def run_pipeline(config: ExperimentConfig, run: StageRunner) -> None:
     method.evaluation.measure("M1", models)
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
-        models.current, models.reference = method.align(iteration, models, pairs), method.reference(models)
+        reference = method.reference(iteration, models)
+        aligned = method.align(iteration, models, pairs)
+        models.previous, models.current, models.reference = models.current, aligned, reference
         method.evaluation.measure(model_after(iteration), models)
 
 
@@ -90,7 +93,7 @@ class Method:
         check_requirements(self.config, base, self.inputs)
         writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
         judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
-        return RunModels(base, base, base, base, writer, generated_pairs=self.generated_pairs, **judges)
+        return RunModels(base, base, base, base, base, writer, generated_pairs=self.generated_pairs, **judges)
 
     def demonstrations(self, models: RunModels) -> Artifact:
         """Return the IFT and EFT demonstrations. The SFT baseline writes the EFT part if `eft_source=baseline`."""
@@ -132,21 +135,25 @@ class Method:
         if self.inputs.pairs is not None:
             return self.inputs.pairs
         self.instructions.append(self._instruct(iteration, models))
-        self.generated_pairs.append(self._pair(iteration, models))
+        self.generated_pairs.append(self._pair(self.config.in_iteration(iteration), iteration, models))
         if iteration == 1 or not self.config.data.accumulate_pairs:
             return self.generated_pairs[-1]
         return self.run.make(Label.iteration(iteration, "all_pairs"), gather_pairs, parts=list(self.generated_pairs))
 
-    def reference(self, models: RunModels) -> Artifact:
+    def reference(self, iteration: int, models: RunModels) -> Artifact:
         """Return the reference policy of an alignment, or the start of another fine-tuning."""
-        if not (loss := self.config.loss).pairwise:
+        if not (loss := self.config.in_iteration(iteration).loss).pairwise:
             return models.base if loss.init == "base" else models.current
-        return models.named(self.config.train.reference_policy)
+        name = self.config.train.reference_policy
+        return models.current if name == "previous" else models.named(name)
 
     def _instruct(self, iteration: int, models: RunModels) -> Artifact:
         """Generate or read new instructions, which differ from all known ones."""
         label, config = Label.iteration(iteration, "instructions"), self.config.data.instruct
         earlier, held_out = list(self.instructions), self.inputs.held_out
+        if config.source == DEMONSTRATIONS:
+            drawn = {"count": config.count, "seeds": self.inputs.seed_data, "held_out": held_out}
+            return self.run.make(label, demonstrated_instructions, seed=self._seed(label), **drawn)
         known = {"config": config, "seeds": self.inputs.seed_data, "earlier": earlier, "held_out": held_out}
         if self.inputs.instructions is not None:
             return self.run.make(label, given_instructions, given=self.inputs.instructions, **known)
@@ -159,22 +166,24 @@ class Method:
             **known,
         )
 
-    def _pair(self, iteration: int, models: RunModels) -> Artifact:
-        """Generate responses to the newest instructions, judge them, and pair them."""
-        data, rule, instructions = self.config.data, self.config.pair, self.instructions[-1]
-        label = Label.iteration(iteration, "responses")
-        responses = self.run.make(
-            label,
-            respond,
-            config=data.respond,
-            policy=models.current,
-            instructions=instructions,
-            engine=self.config.engine,
-            seed=self._seed(label),
-        )
-        judge_name, label = self.config.judge.model, label.sibling("judgements")
-        judgements = self.judging.judge(label, judge_name, models, instructions, responses)
-        label = label.sibling("pairs")
+    def _pair(self, config: ExperimentConfig, iteration: int, models: RunModels, prefix: str = "") -> Artifact:
+        """Let every writer respond to the newest instructions, judge the responses, and pair them.
+
+        Args:
+            config: the settings of the iteration.
+            iteration: its number.
+            models: the models of the run so far.
+            prefix: of the labels' parts.
+        """
+        rule, instructions = config.pair, self.instructions[-1]
+        label = Label.iteration(iteration, f"{prefix}responses")
+        responses = self._responses(config, label, iteration, models)
+        judgements = None
+        if isinstance(rule, PositivesOnly) or rule.needs_scores:
+            label = label.sibling(f"{prefix}judgements")
+            judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
+            judgements = judging.judge(label, None, models, instructions, responses)
+        label = label.sibling(f"{prefix}pairs")
         return self.run.make(
             label,
             pair,
@@ -183,29 +192,66 @@ class Method:
             responses=responses,
             judgements=judgements,
             seed=self._seed(label),
-            **({"thought_prompt": asked} if (asked := self.config.model.thinking.prompt) else {}),
+            **({"thought_prompt": asked} if (asked := config.model.thinking.prompt) else {}),
         )
 
-    def align(self, iteration: int, models: RunModels, pairs: Artifact) -> Artifact:
-        """Align the current model on the pairs, against the reference policy."""
-        name, loss, train = model_after(iteration), self.config.loss, self.config.train
-        policy = reference = self.reference(models)
+    def _responses(self, config: ExperimentConfig, label: Label, iteration: int, models: RunModels) -> Artifact:
+        """Return the responses of the iteration's writers, which are joined unless M_t alone writes."""
+        writers, parts = config.data.respond.writers, dict[str, Artifact]()
+        for writer in writers:
+            own = label if writers == ["self"] else label.sibling(f"{label.part}_by_{writer}")
+            if writer == DEMONSTRATION:
+                given = {"instructions": self.instructions[-1], "seeds": self.inputs.seed_data, "base": models.base}
+                parts[writer] = self.run.make(own, demonstrated_responses, **given)
+                continue
+            policy = self._next_model(config, iteration, models) if writer == NEXT else models.named(writer)
+            parts[writer] = self.run.make(
+                own,
+                respond,
+                config=config.data.respond.by_one_writer(),
+                policy=policy,
+                instructions=self.instructions[-1],
+                engine=config.engine,
+                seed=self._seed(Label.iteration(iteration, "responses" + f"_by_{writer}" * (writer != "self"))),
+            )
+        if writers == ["self"]:
+            return parts["self"]
+        return self.run.make(label, join_responses, instructions=self.instructions[-1], parts=parts)
+
+    def _next_model(self, config: ExperimentConfig, iteration: int, models: RunModels) -> Artifact:
+        """Align once ahead, on pairs in which M_t writes in place of the next model (arXiv 2508.06026)."""
+        respond = config.data.respond
+        writers = list(dict.fromkeys("self" if writer == NEXT else writer for writer in respond.writers))
+        rule = config.pair.without_writer(NEXT, "self")
+        ahead = replace(config, data=replace(config.data, respond=replace(respond, writers=writers)), pair=rule)
+        pairs = self._pair(ahead, iteration, models, prefix="ahead_")
+        return self.align(iteration, models, pairs, ahead=True)
+
+    def align(self, iteration: int, models: RunModels, pairs: Artifact, *, ahead: bool = False) -> Artifact:
+        """Align the current model on the pairs, against the reference policy.
+
+        A model that is aligned ahead only writes in its iteration. It has no validation and no checkpoint selection.
+        """
+        config, prefix = self.config.in_iteration(iteration), "ahead_" * ahead
+        name, loss, train = model_after(iteration), config.loss, config.train
+        policy = reference = self.reference(iteration, models)
         start = None
         if not loss.pairwise:
             if loss.init == "base":
                 label = Label.iteration(iteration, "demonstrations")
                 pairs = self.run.make(label, gather_pairs, parts=[self.sft_data, pairs])
             return self.supervise(name, replace(models, current=policy), pairs)
-        inputs = {"pairs": pairs, "precision": train.align.logprob_settings(self.config.model.dtype)}
+        inputs = {"pairs": pairs, "precision": train.align.logprob_settings(config.model.dtype)}
         if train.reference_logprobs == "precomputed":
             p = augmentation_of(loss)
-            label = Label.iteration(iteration, "reference")
+            label = Label.iteration(iteration, f"{prefix}reference")
             reference = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **inputs)
             if policy.digest != models.current.digest:
-                label = label.sibling("start")
+                label = label.sibling(f"{prefix}start")
                 start = self.run.make(label, reference_logprobs, policy=models.current, augmentation=None, **inputs)
+        held_out = 0 if ahead else train.validation_pairs
         return self.run.make(
-            Label.model(name),
+            Label.iteration(iteration, "ahead_model") if ahead else Label.model(name),
             align,
             policy=models.current,
             base=models.base,
@@ -213,9 +259,9 @@ class Method:
             reference=reference,
             loss=loss,
             start=start,
-            held_out=train.validation_pairs,
-            trained_on=[self.inputs.seed_data, *self.generated_pairs[:-1]] if train.validation_pairs else [],
-            selection=self._selection(name, models),
+            held_out=held_out,
+            trained_on=[self.inputs.seed_data, *self.generated_pairs[:-1]] if held_out else [],
+            selection=None if ahead else self._selection(name, models),
             optimization=train.align,
             weights=self._weights(name),
         )

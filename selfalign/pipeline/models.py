@@ -7,7 +7,8 @@ from typing import Any
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
-from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
+from selfalign.judges.panel import Panel, judges_in, model_of
+from selfalign.judges.protocol import OWN_MODELS, asks_a_policy, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
 from selfalign.runs.labels import Label
@@ -27,8 +28,10 @@ class RunModels:
         current: M_t.
         reference: the reference policy of M_t, or the model that M_t was fine-tuned from; None if it is not known,
             because M_t was trained elsewhere.
+        previous: M_{t-1}, or M0 before there is one.
         writer: a model from outside that writes instructions.
         judge: a model from outside that judges responses.
+        outside: {setting of another judge: its model from outside}: those of `at` and of panels.
         comparator: a model from outside that compares responses head to head.
         checkpoint_judge: a model from outside that compares checkpoints of an alignment.
         pair_judge: a model from outside that scores held-out pairs.
@@ -40,8 +43,10 @@ class RunModels:
     sft: Artifact
     current: Artifact
     reference: Artifact | None
+    previous: Artifact
     writer: Artifact | None = None
     judge: Artifact | None = None
+    outside: dict[str, Artifact | None] = field(default_factory=dict)
     comparator: Artifact | None = None
     checkpoint_judge: Artifact | None = None
     pair_judge: Artifact | None = None
@@ -49,8 +54,8 @@ class RunModels:
     benchmark_judges: dict[str, Artifact] = field(default_factory=dict)
 
     def named(self, name: str) -> Artifact:
-        """Return the model that a setting names: "base" is M0, "sft" is M1, "self" and "previous" are M_t."""
-        return {"base": self.base, "sft": self.sft}.get(name, self.current)
+        """Return the model that a setting names: "base" is M0, "sft" is M1, "self" is M_t, "previous" is M_{t-1}."""
+        return {"base": self.base, "sft": self.sft, "previous": self.previous, "self": self.current}[name]
 
     def own_or(self, name: str | None, fixed: Artifact | None) -> Artifact | None:
         """Return the run's own model of this name, or `fixed` if the name is of no own model."""
@@ -71,7 +76,9 @@ def judges_of(config: ExperimentConfig) -> dict[str, Any]:
         "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,
     }
-    return {key: judge for key, judge in named.items() if judge is not None}
+    named |= {f"at.{iteration}.judge": changes.get("judge") for iteration, changes in config.at.items()}
+    named = {key: judge for key, judge in named.items() if judge is not None}
+    return {place: member for key, judge in named.items() for place, member in judges_in(key, judge).items()}
 
 
 def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
@@ -82,6 +89,11 @@ def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
     test, loaded = config.evaluate.preference_pairs, judges_to_load(config.benchmark)
     return {
         "judge": _fixed_judge(config, run, Label.input("judge"), config.judge, "judge"),
+        "outside": {
+            key: _fixed_judge(config, run, Label.input("judges", key), judge, key)
+            for key, judge in judges_of(config).items()
+            if key.startswith("at.") or ".members." in key
+        },
         "comparator": _fixed_judge(
             config, run, Label.input("comparator"), config.evaluate.head_to_head, "evaluate.head_to_head"
         ),
@@ -120,16 +132,18 @@ class RunJudge:
         config: the experiment.
         run: makes artifacts.
         settings: the judge.
+        key: the setting that holds the judge.
     """
 
     config: ExperimentConfig
     run: StageRunner
     settings: Judge
+    key: str = "judge"
 
     def judge(
         self,
         label: Label,
-        model_name: str,
+        model_name: str | None,
         models: RunModels,
         instructions: Artifact,
         responses: Artifact,
@@ -139,13 +153,25 @@ class RunJudge:
 
         Args:
             label: the label of the scores.
-            model_name: the name of one of the run's own models; any other name is the model from outside.
+            model_name: the name of one of the run's own models; any other name is the model from outside. None is the
+                model that the judge's settings name.
             models: the models of the run so far.
             instructions: instructions.jsonl.
             responses: responses.jsonl.
             purpose: the text from which the seed is derived; the label if empty.
         """
-        policy, reference = self.resolve_policy(model_name, models)
+        members = {
+            name: RunJudge(self.config, self.run, member, key).judge(
+                label.sibling(f"{label.part}_by_{name}"),
+                None if model_name is None else model_of(member, model_name),
+                models,
+                instructions,
+                responses,
+                purpose and f"{purpose}_by_{name}",
+            )
+            for name, (key, member) in self._members.items()
+        }
+        policy, reference = self.resolve_policy(model_name or self.settings.model, models)
         return self.run.make(
             label,
             judge,
@@ -156,13 +182,21 @@ class RunJudge:
             responses=responses,
             engine=self.config.engine,
             seed=derive_seed(self.config.seed, purpose or str(label)),
+            **({"members": members} if members else {}),
         )
+
+    @property
+    def _members(self) -> dict[str, tuple[str, Judge]]:
+        """Return {name: (setting, judge)} of the members of a panel; nothing for another judge."""
+        if not isinstance(self.settings, Panel):
+            return {}
+        return {name: (f"{self.key}.members.{name}", member) for name, member in self.settings.members.items()}
 
     def resolve_policy(self, model_name: str, models: RunModels) -> tuple[Artifact | None, Artifact | None]:
         """Return the policy that judges and its reference policy; None where the judge needs none."""
-        if asks_a_server(self.settings):
+        if not asks_a_policy(self.settings):
             return None, None
-        policy = models.own_or(model_name, models.judge)
+        policy = models.own_or(model_name, models.judge if self.key == "judge" else models.outside.get(self.key))
         if not isinstance(self.settings, ImplicitReward):
             return policy, None
         return policy, models.base if model_name == "sft" else models.reference

@@ -48,9 +48,10 @@ def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInpu
         return  # In a plan nothing has been read yet.
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _router_loss, _quantisation, _judges)
     checks = (*of_model, _conversations, _turns_and_tools, _thoughts, _scores)
-    problems = [problem for check in checks for problem in check(config, base, inputs)]
+    configs = [config, *(config.in_iteration(int(start)) for start in config.at)]
+    problems = [problem for own in configs for check in checks for problem in check(own, base, inputs)]
     if problems:
-        raise SelfalignError("\n".join(problems))
+        raise SelfalignError("\n".join(dict.fromkeys(problems)))
 
 
 def _lengths(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:

@@ -18,6 +18,9 @@ INPUTS = {"seeds", "questions", "given_outputs", "validation", "instructions", "
 INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
 """Names of a run's inputs."""
 
+AHEAD = "ahead_"
+"""Prefix of the parts of an iteration that a model is made from which only writes in it."""
+
 REPEATED = ("answers", "scores", "ranked_scores")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
@@ -139,12 +142,12 @@ class Label:
     @property
     def is_written(self) -> bool:
         """Whether a model of the run generates the artifact."""
-        return self.part in WRITTEN
+        return self.part.removeprefix(AHEAD).partition("_by_")[0] in WRITTEN
 
     @property
     def is_judged(self) -> bool:
         """Whether the run's judge makes the artifact."""
-        return self.part in JUDGED and self.owner != "preferences"
+        return self.part.removeprefix(AHEAD).partition("_by_")[0] in JUDGED and self.owner != "preferences"
 
     @property
     def opponent(self) -> str:
@@ -168,6 +171,8 @@ class Label:
             return f"{BASELINE}/"
         if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
             return f"{self}/"
+        if self.part.startswith(AHEAD) or "_by_" in self.part:
+            return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 
 

@@ -31,6 +31,9 @@ PROMPT = (
     "It should be clear, complete in itself and answerable in a few sentences. Write the task only, not its answer."
 )
 KEYWORDS = ("image", "picture", "photo", "graph", "diagram", "video", "audio", "draw", "plot", "file", "map")
+DEMONSTRATIONS = "demonstrations"
+"""The source of instructions that are the prompts of `data.seed_data.demonstrations`."""
+
 OWN_WRITERS = ("self", "sft", "base")
 
 PROMPTS_EACH = 4
@@ -50,6 +53,7 @@ class InstructConfig:
         model: the model that writes: "self" (M_t), "sft" (M1), "base" (M0), or a fixed model as in the paper's main
             run, which is a folder, hub id or packaged model as in `model.path`.
         source: a data source from which instructions are taken in its order, instead of generated; empty generates.
+            "demonstrations" draws `count` prompts of `data.seed_data.demonstrations` in each iteration.
         seed_examples: few-shot examples from the seeds.
         generated_examples: few-shot examples from the generated instructions. Seeds replace them until there are any.
         prompts_per_batch: number of prompts in a batch. Prompts of a batch do not see one another's results. The

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.jsonl import chunks, join_sorted, open_records, stream_records
+from selfalign.core.jsonl import chunks, join_sorted, open_records, read_scores, stream_records
 from selfalign.core.records import (
     Comparison,
     FinishReason,
@@ -92,6 +92,7 @@ def judge(
     responses: Artifact,
     engine: Engine,
     seed: int,
+    members: dict[str, Artifact] | None = None,
 ) -> Counts:
     """Judge every response.
 
@@ -105,6 +106,7 @@ def judge(
         responses: responses.jsonl.
         engine: generates written judgements.
         seed: seeds their sampling.
+        members: {member of a panel: scores.jsonl}; None for a judge that judges by itself.
 
     Raises:
         SelfalignError: too many judgements have no score. Some are quoted, and all are kept for the next attempt.
@@ -128,6 +130,7 @@ def judge(
             reference=PolicyCheckpoint(reference.path) if reference else None,
             engine=engine,
             seed=seed,
+            member_scores={name: read_scores(part.path) for name, part in (members or {}).items()},
         )
         opened.enter_context(context)
         for subjects in batches():

@@ -56,7 +56,7 @@ def pair(
     rule: PairRule | PositivesOnly,
     instructions: Artifact,
     responses: Artifact,
-    judgements: Artifact,
+    judgements: Artifact | None,
     seed: int,
     thought_prompt: str = "",
 ) -> Counts:
@@ -67,19 +67,25 @@ def pair(
         rule: selects the responses.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
-        judgements: scores.jsonl.
+        judgements: scores.jsonl; None for a rule that needs no scores.
         seed: seeds the rule's random choices, together with the instruction's id.
         thought_prompt: the prompt that asked for the thoughts of the responses.
 
     Raises:
         SelfalignError: too few pairs or positives are left; the drops are counted by reason.
     """
-    groups = read_groups(instructions, responses, judgements)
+    if judgements is not None:
+        groups = read_groups(instructions, responses, judgements)
+    else:
+        assert isinstance(rule, PairRule)
+        groups = _unjudged(rule, instructions, responses)
     tally = PairCounts()
     if isinstance(rule, PositivesOnly):
         counts = _keep_positives(out, rule, tally.count_groups(groups), tally, thought_prompt)
     else:
         counts = _keep_pairs(out, rule, tally.count_groups(groups), tally, seed, thought_prompt)
+    if judgements is None:
+        return counts
     length_correlation = tally.length_correlation.value
     if length_correlation is not None:
         counts |= {catalog.SCORE_LENGTH_CORRELATION.name: length_correlation}
@@ -108,6 +114,15 @@ def read_groups(instructions: Artifact, responses: Artifact, judgements: Artifac
     for instruction, group in join_sorted(prompts, scored, lambda one: one[0].instruction_id, responses_file):
         known = {response.id: score.score for response, own in group for score in own if score.score is not None}
         yield InstructionGroup(instruction, [response for response, _ in group], known)
+
+
+def _unjudged(rule: PairRule, instructions: Artifact, responses: Artifact) -> Iterator[InstructionGroup]:
+    """Yield one instruction at a time, with the scores that a rule assumes."""
+    file = responses.path / "responses.jsonl"
+    prompts = stream_records(instructions.path / "instructions.jsonl", Instruction)
+    written = stream_records(file, Response)
+    for instruction, group in join_sorted(prompts, written, lambda one: one.instruction_id, file):
+        yield InstructionGroup(instruction, group, rule.assumed_scores(group))
 
 
 @dataclass(slots=True)
@@ -163,7 +178,8 @@ def _keep_pairs(
             for chosen, rejected in picked:
                 tally.margin.add(chosen.score - rejected.score)
                 tally.length_difference.add(chosen.response.tokens - rejected.response.tokens)
-                yield _pair_of(group.instruction, chosen, rejected, thought_prompt)
+                made = _pair_of(group.instruction, chosen, rejected, thought_prompt)
+                yield made if rule.needs_scores else replace(made, chosen_score=None, rejected_score=None)
         if tally.margin.count < rule.minimum_pairs:
             raise SelfalignError(
                 f"{out.label}: {tally.margin.count} pairs from {tally.instructions} instructions, fewer than "
@@ -175,9 +191,9 @@ def _keep_pairs(
     return {
         catalog.PAIRS.name: tally.margin.count,
         catalog.CANDIDATE_PAIRS.name: tally.wanted,
-        catalog.MEAN_SCORE_MARGIN.name: tally.margin.value,
+        **({catalog.MEAN_SCORE_MARGIN.name: tally.margin.value} if rule.needs_scores else {}),
         catalog.MEAN_LENGTH_DIFFERENCE.name: tally.length_difference.value,
-        catalog.UNJUDGED_RESPONSES.name: tally.unjudged,
+        **({catalog.UNJUDGED_RESPONSES.name: tally.unjudged} if rule.needs_scores else {}),
         "dropped": dict(sorted(tally.drops.items())),
     }
 
