@@ -174,6 +174,13 @@ def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finish
         )
 
 
+@pytest.mark.parametrize("name", ["questions", "judge", "iteration_1", "evaluation_1"])
+def test_model_may_not_be_called_as_another_artifact(finished: Path, tmp_path: Path, name: str) -> None:
+    """Its link would take the place of the other's, and the drops of that would be told nowhere."""
+    with pytest.raises(SelfalignError, match=rf"a model cannot be named {name}, .* rename its folder"):
+        evaluate_models([str(finished), weights_of_m2(finished, tmp_path / name)], [], conf_folder())
+
+
 def test_other_model_is_asked_as_the_command_line_says_and_settings_without_effect_are_told(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

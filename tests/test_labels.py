@@ -10,7 +10,7 @@ from builders import ROOT, composed, planned
 from test_studies import STUDIES, study
 
 from selfalign.pipeline.loop import plan
-from selfalign.runs.labels import Kind, Label
+from selfalign.runs.labels import INPUTS, Kind, Label
 
 LABELS = ROOT / "selfalign/runs/labels.py"
 
@@ -125,3 +125,12 @@ def spelling(path: Path) -> list[str]:
 def test_no_other_module_writes_or_parses_labels() -> None:
     found = {path: places for path in (ROOT / "selfalign").rglob("*.py") if (places := spelling(path))}
     assert found.keys() == {LABELS}
+
+
+def test_no_model_may_be_named_as_an_input_or_another_artifact() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "selfalign").rglob("*.py")]
+    assert {name for text in sources for name in re.findall(r'Label\.input\("(\w+)"', text)} == INPUTS
+    refused = [*INPUTS, "iteration_2", "evaluation_old"]
+    assert [name for name in refused if Label.names_model(name)] == []
+    allowed = ["M2", "SFT", "smoke-1a2b3c4d.M2", "my_questions", "checkpoint-500", "iteration_x"]
+    assert [name for name in allowed if not Label.names_model(name)] == []

@@ -256,6 +256,14 @@ def test_limits_tell_what_the_numbers_do_not_show(full: Path) -> None:
     assert f"M3: max length growth {growth:.3g}" in said
 
 
+def test_uncertainty_is_that_of_the_instructions_with_a_verdict(full: Path) -> None:
+    """The judge's text about one of the three could not be read."""
+    run = Finished.load(full)
+    run.models[-1] |= {"eval/wins": 1, "eval/ties": 1, "eval/losses": 0}
+    said = section(ModelCard(model_card(run)).text, "Limits")
+    assert "A share of 2 instructions is uncertain by up to ±70 percentage points" in said
+
+
 def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None:
     run = Finished.load(full)
     run.config["evaluate"]["head_to_head"] = None
@@ -263,6 +271,8 @@ def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None
     text = ModelCard(model_card(run)).text
     assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "Limits")
     assert ", scored by *big* &lt;model&gt;. The seed" in section(text, "Method")
+    assert run.config["judge"]["model"] == "self"
+    assert "judged its own training data" not in text
 
 
 def test_reproduction_tells_version_commit_command_and_configuration(full: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import records_artifact
 
-from selfalign.core.files import write_json
+from selfalign.core.files import read_json, write_json
 from selfalign.core.jsonl import HasId
 from selfalign.core.records import (
     Demonstration,
@@ -71,6 +71,7 @@ class Fabricated:
             "train": {"reference_policy": "previous"},
             "evaluate": {"judge": "sft", "instructions": [{"path": "made/up.jsonl"}]},
             **config,
+            "choices": {"loss": "SrDPO", **config.get("choices", {})},
         }
 
     def stage(self, label: str, stage: str, counts: dict[str, Any], **files: Sequence[HasId]) -> None:
@@ -316,6 +317,22 @@ def test_drops_are_counted_by_reason_and_model(friendly_page: str) -> None:
     assert "judging candidates: no score</th><td>6</td><td>6</td>" in cells
 
 
+def test_drops_of_an_evaluation_are_those_of_its_models(tmp_path: Path) -> None:
+    """Named after their runs, so that no number tells them apart; what all share counts for the first."""
+    run = Fabricated(tmp_path / "evaluation")
+    run.stage("questions", "eval_instructions", {"dropped": {"trained_on": 1}})
+    for name, lost in (("a.M1", 2), ("b.M2", 3), ("SFT", 4)):
+        run.stage(f"evaluation_{name}/scores", "judge", {"dropped": {"no_score": lost}})
+        run.models.append({"model": name, "iteration": 0, "seconds": 1.0})
+    folder = run.finish()
+    write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "evaluated": ["a", "b"]})
+    table = report(folder).split('<section id="dropped">')[1].split("</table>")[0]
+    assert re.findall(r"<span>(.*?)</span></th>", table) == ["dropped", "a.M1", "b.M2", "SFT"]
+    table = re.sub(r' (data-sort|class)=".*?"', "", table)
+    assert "judging answers: no score</th><td>2</td><td>3</td><td>4</td>" in table
+    assert "trained on</th><td>1</td><td>–</td><td>–</td>" in table
+
+
 def test_provenance_tells_commit_and_changes(friendly_page: str) -> None:
     text = Page(friendly_page).text
     assert "abc123, plus 2 changed lines (see provenance.json)" in text
@@ -521,6 +538,11 @@ def test_constant_judge_is_a_warning_at_the_top(tmp_path: Path) -> None:
             {"endpoint": {"model": "big<model>"}, "min_score": 0, "max_score": 5, "num_samples": 3},
             "ExternalScore",
             "which big&lt;model&gt; judged (mean of 3 written judgements, 0 to 5)",
+        ),
+        (
+            {"endpoint": {"model": "base"}, "model": "self", "min_score": 0, "max_score": 5, "pairs": 0},
+            "Pairwise",
+            "which base judged (wins of comparisons, 0 to 5)",
         ),
         (
             {"model": "/models/x", "min_score": 0, "max_score": 5},

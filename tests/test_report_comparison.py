@@ -763,20 +763,36 @@ def test_opponents_are_common_or_said_not_to_be() -> None:
 
 
 def test_jobs_that_different_judges_judged_are_told(sweep: Sweep, tmp_path: Path) -> None:
-    shared = find_jobs(sweep.finished[:2])
-    assert "Judges of different weights" not in caveats(JobComparison.of(shared, METRIC))
-    copies = [shutil.copytree(folder, tmp_path / folder.name, symlinks=True) for folder in sweep.finished[:2]]
-    for folder, judge in zip(copies, "ab", strict=True):
-        for part, role in (("scores", "policy"), ("against_M1", "policy"), ("quiz", "judge")):
-            place = folder / "artifacts" / "evaluation_M2" / part
-            place.unlink(missing_ok=True)
-            place.mkdir()
-            write_json(place / "manifest.json", {"inputs": {role: {"digest": judge}}})
-        summary = read_json(folder / "summary.json")
-        summary["config"]["benchmark"] = {"quiz": {}}
-        write_json(folder / "summary.json", summary)
-    told = caveats(JobComparison.of(find_jobs(copies), METRIC))
-    assert "these do not compare: eval/win_rate, eval/mean_score, quiz." in told
+    def said(*judges: dict[str, Any]) -> str:
+        """The caveats of two jobs whose last models were judged by these: weights and settings."""
+        copies = [
+            shutil.copytree(folder, tmp_path / f"{len([*tmp_path.iterdir()])}", symlinks=True)
+            for folder in sweep.finished[:2]
+        ]
+        for folder, (weights, settings) in zip(copies, map(dict.values, judges), strict=True):
+            policy, grader = weights and {"digest": weights}, {"class": "Grader", **settings}
+            for part, inputs in (
+                ("scores", {"policy": policy, "judge": settings}),
+                ("against_M1", {"policy": policy, "judge": settings}),
+                ("quiz", {"judge": policy, "benchmark": {"class": "Quiz", "judge": grader}}),
+            ):
+                place = folder / "artifacts" / "evaluation_M2" / part
+                place.unlink(missing_ok=True)
+                place.mkdir()
+                write_json(place / "manifest.json", {"inputs": inputs})
+            summary = read_json(folder / "summary.json")
+            summary["config"]["benchmark"] = {"quiz": {}}
+            write_json(folder / "summary.json", summary)
+        return caveats(JobComparison.of(find_jobs(copies), METRIC))
+
+    def judge(weights: str | None, **settings: Any) -> dict[str, Any]:
+        return {"weights": weights, "settings": settings}
+
+    everything = "these do not compare: eval/win_rate, eval/mean_score, quiz."
+    assert "Judges of different weights" not in caveats(JobComparison.of(find_jobs(sweep.finished[:2]), METRIC))
+    assert "Judges of different weights" not in said(judge("a", model="self"), judge("a", model="sft"))
+    assert everything in said(judge("a", max_score=5), judge("b", max_score=5))
+    assert everything in said(judge(None, max_score=5), judge(None, max_score=10))
 
 
 def test_heat_map_writes_every_share_and_nothing_that_is_none() -> None:

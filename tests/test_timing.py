@@ -14,7 +14,8 @@ from selfalign.report.timing import training_times
 def finished(folder: Path, loss: str) -> None:
     """A run's summary, as far as it tells the loss."""
     folder.mkdir(exist_ok=True)
-    write_json(folder / "summary.json", {"loss": {"title": loss}})
+    chosen = {"choices": {"loss": loss.replace("-", "")}}
+    write_json(folder / "summary.json", {"loss": {"title": loss}, "config": chosen})
 
 
 def trained(folder: Path, label: str, stage: str, rows: list[dict[str, Any]], **manifest: Any) -> None:
@@ -57,6 +58,17 @@ def test_times_are_worked_by_hand(tmp_path: Path) -> None:
     }  # fmt: skip
     assert [(row["run"], row["model"], row["loss"]) for row in others] == [("two", "M2", "IPO"), ("two", "M10", "IPO")]
     assert not any("lam" in row or "reference_seconds" in row for row in others)
+
+
+def test_models_of_another_run_have_their_own_loss(tmp_path: Path) -> None:
+    """Beside one another in an evaluation, whose own loss is that of the first run."""
+    finished(tmp_path, "Sr-DPO")
+    trained(tmp_path, "first.M2", "align", STEPS, inputs={"loss": LOSS})
+    trained(tmp_path, "second.M2", "align", STEPS, inputs={"loss": {"class": "ODPO", "beta": 0.1}})
+    assert {row["model"]: row["loss"] for row in training_times([tmp_path])} == {
+        "first.M2": "Sr-DPO",
+        "second.M2": "ODPO",
+    }
 
 
 def test_training_whose_log_has_no_times_has_no_row(tmp_path: Path) -> None:

@@ -189,6 +189,8 @@ def test_no_tracking_takes_everything_and_says_so(tmp_path: Path) -> None:
         ("evaluation_M2/numbers", ""),
         ("evaluation_M2/mt_bench", ""),
         ("evaluation_M2/scores", "evaluation/scores/"),
+        ("preferences/scores", "preferences/scores/"),
+        ("preferences/pairs", "preferences/pairs/"),
         ("evaluation_M2/ranked_scores", "evaluation/ranked_scores/"),
         ("evaluation_M2/against_M1", "evaluation/against_M1/"),
         ("evaluation_SFT/numbers", "SFT/"),

@@ -350,6 +350,10 @@ def _measure(
         raise SelfalignError(
             f"a model is named {GIVEN}, like the outputs of evaluate.reference_outputs: rename its folder"
         )
+    if taken := [name for name in names if not Label.names_model(name)]:
+        raise SelfalignError(
+            f"a model cannot be named {taken[0]}, as other artifacts of an evaluation are: rename its folder"
+        )
     first = contestants[0].policy
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get(Label.model("M0"), first), made.get(Label.model("M1"), made.get(Label.model("M0"), first))

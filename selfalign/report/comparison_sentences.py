@@ -4,7 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from html import escape
+from typing import Any
 
+from selfalign.core.files import digest_json
 from selfalign.core.formatting import duration, plural
 from selfalign.data.mixtures import parts_of
 from selfalign.metrics import catalog
@@ -176,21 +178,34 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
 
 
 def judged_apart(comparison: JobComparison) -> list[str]:
-    """Return the metrics for which judges of different weights judged the last models, such as each job's own M1."""
+    """Return the metrics for which different judges judged the last models: each job's own M1, or other rubrics."""
     judges: dict[str, set[str]] = {}
     for job in comparison.finished:
         if job.run is None:
             continue
         model = job.last["model"]
         places = {
-            catalog.EVAL_WIN_RATE.name: (Label.comparison(model, "M1"), "policy"),
-            catalog.EVAL_MEAN_SCORE.name: (Label.evaluation(model, "scores"), "policy"),
-            **{name: (Label.evaluation(model, name), "judge") for name in job.run.config.get("benchmark", {})},
+            catalog.EVAL_WIN_RATE.name: Label.comparison(model, "M1"),
+            catalog.EVAL_MEAN_SCORE.name: Label.evaluation(model, "scores"),
+            **{name: Label.evaluation(model, name) for name in job.run.config.get("benchmark", {})},
         }
-        for metric, (label, role) in places.items():
-            if judge := job.run.inputs(label).get(role):
-                judges.setdefault(metric, set()).add(judge["digest"])
+        for metric, label in places.items():
+            if inputs := job.run.inputs(label):
+                judges.setdefault(metric, set()).add(_judge_of(inputs))
     return [metric for metric, several in judges.items() if len(several) > 1]
+
+
+def _judge_of(inputs: dict[str, Any]) -> str:
+    """Return the digest of a judge's weights and settings, from the inputs of the stage that it judged in.
+
+    The setting that names its model is left out: the weights tell more, and a server's name is in its endpoint.
+    """
+    weights, settings = inputs.get("policy"), inputs.get("judge")
+    if "benchmark" in inputs:
+        weights, settings = settings, inputs["benchmark"].get("judge")
+    if isinstance(settings, dict):
+        settings = {name: value for name, value in settings.items() if name != "model"}
+    return digest_json([weights and weights["digest"], settings])
 
 
 def caveats(comparison: JobComparison) -> str:
@@ -199,7 +214,9 @@ def caveats(comparison: JobComparison) -> str:
     if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
         notes.append(opponents(comparison))
     if apart := judged_apart(comparison):
-        notes.append(f"Judges of different weights judged the jobs, so these do not compare: {', '.join(apart)}.")
+        notes.append(
+            f"Judges of different weights or settings judged the jobs, so these do not compare: {', '.join(apart)}."
+        )
     if len({len(job.models) for job in comparison.finished}) > 1:
         notes.append("The jobs made different numbers of models; each job is represented by its last model.")
     if len({run.provenance["commit"] + run.provenance["diff"] for run in comparison.runs}) > 1:

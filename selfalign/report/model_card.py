@@ -15,7 +15,7 @@ from selfalign.metrics import catalog
 from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
-from selfalign.report.sentences import WHO, judges_of_answers, verdict, warnings, what_was_run
+from selfalign.report.sentences import WHO, comparisons, judge_name, judges_of_answers, verdict, warnings, what_was_run
 from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
@@ -287,7 +287,7 @@ def limits(run: Finished) -> str:
     row, config = run.models[-1], run.config
     lines = [f"This is one run with one seed ({code(run.summary['seed'])}). Another seed may give other results."]
     if judged := judges_of_answers(run):
-        answers = row[catalog.EVAL_ANSWERS.name]
+        answers = comparisons(row) or row[catalog.EVAL_ANSWERS.name]
         own = any(judge in WHO.values() for _, judge in judged)
         judging = " and ".join(
             f"{method} by {judge if judge in WHO.values() else code(judge)}" for method, judge in judged
@@ -299,7 +299,7 @@ def limits(run: Finished) -> str:
         )
     else:
         lines.append("No answers were compared, so the results do not show whether the last model is better than M1.")
-    if config["judge"].get("model") == "self" and "path" not in config["data"]:
+    if judge_name(config["judge"]) == WHO["self"] and "path" not in config["data"]:
         lines.append("Each model judged its own training data, so training strengthens what its judge overrates.")
     if questions := row.get(catalog.JUDGE_QUALITY_QUESTIONS.name):
         lines.append(f"Judge quality was measured on {plural(questions, 'question')} with ranked answers.")

@@ -46,7 +46,7 @@ from selfalign.report.tables import (
     ranked_histograms,
 )
 from selfalign.report.timing import times_table
-from selfalign.runs.labels import BASELINE, Kind, Label, model_after
+from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 
 Row = dict[str, Any]
@@ -339,16 +339,25 @@ def head_to_head(run: Finished) -> str:
 
 
 def drops(run: Finished) -> str:
-    """Return the table of dropped records, with a row for each reason and a column for each model."""
+    """Return the table of dropped records, with a row for each reason and a column for each model.
+
+    What all models share counts for the first one: M1, or in an evaluation of other runs' models the one in its place.
+    """
+    models = [row["model"] for row in run.models]
+    first = models[0] if "evaluated" in run.summary else "M1"
+
+    def model_of(label: Label) -> str:
+        return label.serves if label.kind is Kind.ITERATION or label.serves in models else first
+
     rows: dict[str, Row] = {}
     for text, reasons in run.summary["drops"].items():
         label = Label.parse(text)
         for reason, count in reasons.items():
             name = f"{purpose(label)}: {reason.replace('_', ' ')}"
             row = rows.setdefault(name, {"reason": name})
-            model = model_after(label.iteration_number)
+            model = model_of(label)
             row[model] = row.get(model, 0) + count
-    names = {model_after(label.iteration_number): None for label in run.counts}
+    names = dict.fromkeys(map(model_of, run.counts))
     columns = [Column(name, f"dropped in making and evaluating {name}", name, ANY) for name in names]
     shown = [row for row in rows.values() if any(row.get(name) for name in names)]
     return table("dropped", [Column("dropped", "stage and reason", "reason", ANY), *columns], shown) if shown else ""

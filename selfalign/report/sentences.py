@@ -20,9 +20,10 @@ WHO = {"self": "the current model itself", "previous": "the previous model", "sf
 
 def what_was_run(run: Finished) -> str:
     """Return the experiment in a paragraph: model, data, judge, pair rule, loss, evaluation and seed."""
-    sentences = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if evaluated := run.summary.get("evaluated"):
         sentences = [f"Models of {strong(', '.join(evaluated))} were evaluated; nothing was trained.", *_stand_in(run)]
+    else:
+        sentences = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if questions := run.counts.get(Label.input("questions"), {}).get(catalog.INSTRUCTIONS.name):
         judged = "".join(f", {method} by {escape(judge)}" for method, judge in judges_of_answers(run))
         sentences.append(f"Every model answered {questions} held-out instructions{judged}.")
@@ -42,8 +43,8 @@ def _stand_in(run: Finished) -> list[str]:
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:
     """Return the name of a judge as text: a server's model, or a model of the run, or the class of the judge."""
-    name: str = judge.get("endpoint", {}).get("model") or judge.get("model") or kind
-    return WHO.get(name, name)
+    name: str = judge.get("model") or kind
+    return judge.get("endpoint", {}).get("model") or WHO.get(name, name)
 
 
 def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
@@ -144,6 +145,11 @@ def warnings(run: Finished) -> str:
     return html
 
 
+def comparisons(row: dict[str, Any]) -> int:
+    """Return the number of instructions on which a model was compared with M1 and the judge gave a verdict."""
+    return sum(int(row.get(one.name, 0)) for one in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
+
+
 def verdict(run: Finished) -> str:
     """Return what the last win rate shows, and what it does not show."""
     row = run.models[-1] if run.models else {}
@@ -151,7 +157,7 @@ def verdict(run: Finished) -> str:
         return ""
     rate, low, high = (row[f"{catalog.EVAL_WIN_RATE.name}{end}"] for end in ("", "_low", "_high"))
     first = escape(run.models[0]["model"]) if "evaluated" in run.summary else "M1"
-    compared = sum(int(row[outcome.name]) for outcome in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
+    compared = comparisons(row)
     conclusion = "It includes 50\u00a0%, so this run does not tell the two models apart."
     if low > 0.5 or high < 0.5:
         side, preferred = ("above", "the last model's") if low > 0.5 else ("below", f"{first}'s")

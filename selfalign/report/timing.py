@@ -34,10 +34,10 @@ TIMES = (
 def training_times(folders: Sequence[Path]) -> list[Row]:
     """Return a row for every training of these finished runs, run by run.
 
-    A row has `run` (the folder's name), `model`, `loss`, `lam` and `beta` (if the loss has them), `pairs` (of an
-    alignment), `steps`, `seconds` (of the steps only), `seconds_per_step`, `tokens_per_second`, `peak_memory_gb` and
-    `reference_seconds` (if the reference's log-probabilities were stored). A training whose log has no step times has
-    no row.
+    A row has `run` (the folder's name), `model`, `loss` (its title; its class, where that is another than the run's),
+    `lam` and `beta` (if the loss has them), `pairs` (of an alignment), `steps`, `seconds` (of the steps only),
+    `seconds_per_step`, `tokens_per_second`, `peak_memory_gb` and `reference_seconds` (if the reference's
+    log-probabilities were stored). A training whose log has no step times has no row.
     """
     return [row for folder in folders for row in _of_run(folder)]
 
@@ -45,14 +45,15 @@ def training_times(folders: Sequence[Path]) -> list[Row]:
 def _of_run(folder: Path) -> list[Row]:
     labels = [Label.parse(path.parent.name) for path in (folder / "artifacts").glob(f"*/{MANIFEST}")]
     labels.sort(key=lambda label: (label.iteration_number, label.owner != BASELINE))
-    title = read_json(folder / "summary.json")["loss"]["title"]
-    return [row for label in labels if (row := _of_model(folder, label, title))]
+    summary = read_json(folder / "summary.json")
+    titles = {summary["config"]["choices"]["loss"]: summary["loss"]["title"]}
+    return [row for label in labels if (row := _of_model(folder, label, titles))]
 
 
-def _of_model(folder: Path, label: Label, title: str) -> Row:
+def _of_model(folder: Path, label: Label, titles: dict[str, str]) -> Row:
     """Return the row of one training; empty if the artifact is none, or its log has no step times.
 
-    `title` is that of the run's alignment loss.
+    `titles` is {class: title} of the run's alignment loss. An evaluation has models of other losses beside it.
     """
     path = label.link_in(folder)
     manifest, log = read_json(path / MANIFEST), path / LOG
@@ -68,7 +69,7 @@ def _of_model(folder: Path, label: Label, title: str) -> Row:
     row = {
         "run": folder.name,
         "model": str(label),
-        "loss": title if loss else "fine-tuning",
+        "loss": titles.get(loss["class"], loss["class"]) if loss else "fine-tuning",
         "lam": loss.get("lam"),
         "beta": loss.get("beta"),
         catalog.PAIRS.name: manifest["counts"].get(catalog.PAIRS.name),

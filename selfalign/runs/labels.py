@@ -14,6 +14,10 @@ COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
 WRITTEN = ("instructions", "responses", "answers")
+INPUTS = {"seeds", "questions", "given_outputs", "validation", "instructions", "ranked", "ift", "eft", "preferences"}
+INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
+"""Names of a run's inputs."""
+
 AHEAD = "ahead_"
 """Prefix of the parts of an iteration that a model is made from which only writes in it."""
 
@@ -77,6 +81,12 @@ class Label:
             return cls(Kind(found[1]), found[2], part)
         is_model = prefix == BASELINE or MODEL.fullmatch(prefix)
         return cls(Kind.MODEL if is_model else Kind.INPUT, prefix, part)
+
+    @classmethod
+    def names_model(cls, name: str) -> bool:
+        """Whether a model may have this name: no other artifact of a run has it, or begins with it."""
+        label = cls.parse(name)
+        return label.kind is Kind.MODEL or (label.kind is Kind.INPUT and label.owner not in INPUTS)
 
     def __str__(self) -> str:
         names_kind = self.kind in (Kind.ITERATION, Kind.EVALUATION)
@@ -159,6 +169,8 @@ class Label:
         """
         if self.model_name == BASELINE:
             return f"{BASELINE}/"
+        if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
+            return f"{self}/"
         if self.part.startswith(AHEAD) or "_by_" in self.part:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
