@@ -39,6 +39,33 @@ OUT_OF_REACH = {
         "data.instruct needs demonstrations as examples, and data.seed_data.demonstrations is empty: set it, or give "
         "the instructions with data.instruct.source",
     ),
+    "a writer whom no pair takes": (
+        "pair=by_writer data.respond.writers=[self,sft,base]",
+        "pair=by_writer takes chosen responses from self and rejected ones from sft, but "
+        "data.respond.writers=['self', 'sft', 'base']: name these two",
+    ),
+    "a demonstration of another prompt": (
+        "pair=by_writer pair.rejected_from=demonstration data.respond.writers=[self,demonstration]",
+        "data.respond.writers=['self', 'demonstration']: a demonstration answers its own prompt only. Set "
+        "data.instruct.source=demonstrations",
+    ),
+    "a next model made of one writer": (
+        "pair=by_writer pair.chosen_from=next pair.rejected_from=self data.respond.writers=[next,self]",
+        "data.respond.writers=[next,self]: the next model is made of pairs in which M_t writes in its place, so the "
+        "other writer must be another one, such as sft",
+    ),
+    "a change in an iteration that there is not": (
+        "+judge@at.3.judge=additive",
+        "at.3: what changes from an iteration on is for iterations 2 to iterations=2",
+    ),
+    "a change of what stays": (
+        "+at.2.seed=4",
+        "at.2.seed: from an iteration on, judge, pair, loss, writers can change, and nothing else",
+    ),
+    "a change out of reach": (
+        "+pair@at.2.pair=best_vs_k at.2.pair.k=4",
+        "at.2: data.respond.candidates=4, but pair.k=4 needs 5 responses to an instruction: raise it to 5 or more",
+    ),
     "a single candidate": (
         "data.respond.candidates=1",
         "data.respond.candidates=1, but a pair needs 2 responses to an instruction: raise it to 2 or more",

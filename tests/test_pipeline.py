@@ -316,8 +316,8 @@ WAYS = {
     "implicit": ["judge=implicit", "data.seed_data.eft_source=none", "train.reference_policy=sft"],
     "writers": ["data.respond.writers=[self,previous]", "pair=by_writer", "pair.rejected_from=previous",
                 "judge.model=previous"],
-    "ahead": ["data.respond.writers=[next,base]", "pair=by_writer", "pair.chosen_from=next", "pair.rejected_from=base",
-              "iterations=1", "data.instruct.count=8"],
+    "ahead": ["data.respond.writers=[next,sft]", "pair=by_writer", "pair.chosen_from=next", "iterations=1",
+              "data.instruct.count=6"],
     "demonstrated": ["data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]",
                      "data.respond.candidates=1", "pair=by_writer", "pair.chosen_from=demonstration",
                      "pair.rejected_from=self", "pair.by_score=false", "data.respond.sampling.max_new_tokens=9"],
@@ -474,7 +474,7 @@ def check_writers(folder: Path) -> None:
 
 
 def check_ahead(folder: Path) -> None:
-    """A model aligned on M1's responses against M0's writes in place of M1, and M2 is aligned from M1."""
+    """A model aligned on M1's responses against others of M1 writes in its place, and M2 is aligned from M1."""
     place = "iteration_1"
     ahead = manifest(folder, f"{place}/ahead_model")["digest"]
     m1 = manifest(folder, "M1")["digest"]
@@ -482,6 +482,9 @@ def check_ahead(folder: Path) -> None:
     assert digest_in(folder, f"{place}/ahead_responses_by_self", "policy") == m1
     assert digest_in(folder, f"{place}/responses_by_next", "policy") == ahead
     assert ahead not in (m1, manifest(folder, "M2")["digest"])
+    # What is rejected was written once.
+    both = [(folder / "artifacts" / place / part).resolve() for part in ("ahead_responses_by_sft", "responses_by_sft")]
+    assert both[0] == both[1]
     rows = [row for row in metrics(folder) if row["label"] in ("M2", f"{place}/ahead_model") and "align/step" in row]
     assert {row["label"] for row in rows} == {"M2", f"{place}/ahead_model"}
 
