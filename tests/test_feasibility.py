@@ -66,6 +66,14 @@ OUT_OF_REACH = {
         "+pair@at.2.pair=best_vs_k at.2.pair.k=4",
         "at.2: data.respond.candidates=4, but pair.k=4 needs 5 responses to an instruction: raise it to 5 or more",
     ),
+    "a consistency that the loss cannot use": (
+        "pair.consistency=each loss=ipo",
+        "pair.consistency=each gives pairs a label smoothing, which IPO has no use for: choose loss=dpo or loss=sr_dpo",
+    ),
+    "a second judge that is the first": (
+        "pair.consistency=mean pair.consistent_with=sft judge.model=sft",
+        "pair.consistent_with=sft and judge.model are the same judge: choose another",
+    ),
     "a single candidate": (
         "data.respond.candidates=1",
         "data.respond.candidates=1, but a pair needs 2 responses to an instruction: raise it to 2 or more",

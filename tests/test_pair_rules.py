@@ -14,7 +14,16 @@ from mutation import mutated
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response
 from selfalign.data import pair_rules
-from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, ByWriter, PairRule, RandomPair, pick_pairs
+from selfalign.data.pair_rules import (
+    AllOrdered,
+    BestVsK,
+    BestWorst,
+    ByWriter,
+    PairRule,
+    RandomPair,
+    agreement,
+    pick_pairs,
+)
 
 RULES = ["BestWorst", "RandomPair", "AllOrdered", "BestVsK"]
 
@@ -314,3 +323,11 @@ def test_by_writer_without_scores_takes_the_first_of_each() -> None:
 def test_by_writer_refuses_settings_without_effect(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SelfalignError, match=message):
         ByWriter(**settings)
+
+
+def test_agreement_is_the_share_of_response_pairs_that_two_judges_order_alike() -> None:
+    # a>b alike, a>c opposite, b and c tied by one of them: (1 + 0 + ½) / 3. d has one judge only.
+    assert agreement({"a": 3, "b": 1, "c": 1}, {"a": 5, "b": 4, "c": 6, "d": 9}) == pytest.approx(0.5)
+    assert agreement({"a": 1, "b": 2}, {"a": 10, "b": 20}) == 1
+    assert agreement({"a": 1, "b": 2}, {"a": 20, "b": 10}) == 0
+    assert agreement({"a": 1, "b": 2}, {"a": 20}) is None

@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,7 @@ WAYS = {
     "panel": ["judge=panel", "+judge@judge.members.read=expected_score", "+judge@judge.members.outside=expected_score",
               "judge.members.outside.model=random:tiny", "+judge.weights.read=2", "data.seed_data.eft_source=none",
               "iterations=1"],
+    "consistency": ["pair=all_ordered", "pair.consistency=each", "pair.consistent_with=base", "iterations=1"],
     "changes": ["+judge@at.2.judge=expected_score", "at.2.judge.model=random:tiny", "+loss@at.2.loss=ipo",
                 "+at.2.writers=[self,sft]", "+pair@at.2.pair=random"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
@@ -535,6 +537,30 @@ def check_panel(folder: Path) -> None:
             }
             assert combined[one] == pytest.approx((2 * shares["read"] + shares["outside"]) / 3)
     assert 0 <= manifest(folder, place)["counts"]["judge/disagreement"] <= 1
+
+
+def check_consistency(folder: Path) -> None:
+    """M0 judges a second time, and what both judges order alike is how far a pair is trusted."""
+    place = "iteration_1"
+    assert digest_in(folder, f"{place}/second_judgements", "policy") == manifest(folder, "M0")["digest"]
+    first, second = (
+        {s.id: s.score for s in records(folder, f"{place}/{part}", "scores", ResponseScore)}
+        for part in ("judgements", "second_judgements")
+    )
+    by_instruction: dict[str, list[str]] = {}
+    for response in records(folder, f"{place}/responses", "responses", Response):
+        by_instruction.setdefault(response.instruction_id, []).append(response.id)
+    alike = {
+        name: [(first[a] - first[b]) * (second[a] - second[b]) > 0 for a, b in combinations(ids, 2)]
+        for name, ids in by_instruction.items()
+    }
+    pairs = records(folder, f"{place}/pairs", "pairs", PreferencePair)
+    assert pairs
+    for pair in pairs:
+        share = sum(alike[pair.instruction_id]) / len(alike[pair.instruction_id])
+        assert pair.label_smoothing == pytest.approx(1 - share)
+    every = [sum(found) / len(found) for found in alike.values()]
+    assert manifest(folder, f"{place}/pairs")["counts"]["consistency"] == pytest.approx(sum(every) / len(every))
 
 
 def check_changes(folder: Path) -> None:

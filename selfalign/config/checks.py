@@ -19,8 +19,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.panel import Panel, judges_in
-from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
-from selfalign.losses.protocol import Offset, ScheduledLoss, refinement_of
+from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, other_scale
+from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
@@ -89,6 +89,25 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         config.loss.check_iterations(config.iterations)
     if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    if isinstance(config.pair, PairRule) and config.pair.consistency != "none":
+        if not isinstance(config.loss, SmoothedLoss):
+            raise SelfalignError(
+                f"pair.consistency={config.pair.consistency} gives pairs a label smoothing, which {config.loss.title} "
+                "has no use for: choose loss=dpo or loss=sr_dpo"
+            )
+        if not asks_a_policy(config.judge) or config.judge.model not in OWN_MODELS:
+            raise SelfalignError(
+                f"pair.consistency={config.pair.consistency} compares the judging of two models of the run: choose a "
+                "judge that is one, such as judge=expected_score judge.model=self"
+            )
+        if isinstance(config.judge, ImplicitReward):
+            raise SelfalignError(
+                "pair.consistency cannot be used with judge=implicit: M0 has no reference policy. Choose another judge"
+            )
+        if config.judge.model == config.pair.consistent_with:
+            raise SelfalignError(
+                f"pair.consistent_with={config.pair.consistent_with} and judge.model are the same judge: choose another"
+            )
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:

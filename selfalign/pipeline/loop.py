@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
+from selfalign.data.pair_rules import PairRule
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.protocol import augmentation_of, loss_at
 from selfalign.models.config import ModelConfig
@@ -178,11 +179,14 @@ class Method:
         rule, instructions = config.pair, self.instructions[-1]
         label = Label.iteration(iteration, f"{prefix}responses")
         responses = self._responses(config, label, iteration, models)
-        judgements = None
+        judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
+        judgements, second = None, {}
         if isinstance(rule, PositivesOnly) or rule.needs_scores:
             label = label.sibling(f"{prefix}judgements")
-            judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
             judgements = judging.judge(label, None, models, instructions, responses)
+        if isinstance(rule, PairRule) and rule.consistency != "none":
+            label = label.sibling(f"{prefix}second_judgements")
+            second["second"] = judging.judge(label, rule.consistent_with, models, instructions, responses)
         label = label.sibling(f"{prefix}pairs")
         return self.run.make(
             label,
@@ -193,6 +197,7 @@ class Method:
             judgements=judgements,
             seed=self._seed(label),
             **({"thought_prompt": asked} if (asked := config.model.thinking.prompt) else {}),
+            **second,
         )
 
     def _responses(self, config: ExperimentConfig, label: Label, iteration: int, models: RunModels) -> Artifact:
