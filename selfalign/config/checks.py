@@ -69,6 +69,8 @@ def check_experiment(config: ExperimentConfig) -> None:
 def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
     """Check that EFT and the SFT baseline have the data and the judge that they need."""
     seeds = config.data.seed_data
+    if config.evaluate.sft_baseline and not seeds.fine_tune:
+        raise SelfalignError("evaluate.sft_baseline=true trains the SFT baseline: set data.seed_data.fine_tune=true")
     if config.evaluate.sft_baseline and not (seeds.demonstrations and seeds.ranked):
         raise SelfalignError(
             "evaluate.sft_baseline=true needs data.seed_data.demonstrations to train the SFT baseline, and "
@@ -326,7 +328,8 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         unread = rf"train\.align(?!\.({read})$)" if asked.preference_pairs.source else r"train\.align"
         yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes with train.sft and aligns nothing"
     elif not config.trains_m1:
-        yield r"train\.sft", "there are no demonstrations, so M1 is M0"
+        why = "there are no demonstrations" if config.data.seed_data.fine_tune else "data.seed_data.fine_tune=false"
+        yield r"train\.sft", f"{why}, so M1 is M0"
     if not train.checkpoint_selection.interval_steps:
         yield (
             r"train\.checkpoint_selection(?!\.(interval_steps|instructions)$)",

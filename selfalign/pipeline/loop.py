@@ -43,7 +43,7 @@ def run_pipeline(config: ExperimentConfig, run: StageRunner) -> None:
     method = Method(config, run, RunInputs(config, run))
     models = method.models()
     method.sft_data = method.demonstrations(models)
-    models.sft = models.current = method.supervise("M1", models, method.sft_data)
+    models.sft = models.current = method.fine_tune(models)
     method.evaluation.measure("M1", models)
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
@@ -116,6 +116,10 @@ class Method:
             judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, questions, questions),
             max_score_imbalance=seeds.max_score_imbalance,
         )
+
+    def fine_tune(self, models: RunModels) -> Artifact:
+        """Return M1: M0 fine-tuned on the demonstrations, or M0 itself if nothing is to be taught."""
+        return self.supervise("M1", models, self.sft_data) if self.config.data.seed_data.fine_tune else models.base
 
     def supervise(self, name: str, models: RunModels, demonstrations: Artifact) -> Artifact:
         """Fine-tune the current model on demonstrations; without demonstrations, return it unchanged."""

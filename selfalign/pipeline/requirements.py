@@ -63,7 +63,8 @@ def _lengths(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Ite
 def _used_lengths(config: ExperimentConfig, inputs: RunInputs) -> dict[str, int]:
     """Return {setting: longest sequence in tokens} of the training stages of the run."""
     pairwise = config.loss.pairwise
-    has_sft = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"] or not pairwise
+    taught = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"]
+    has_sft = (config.data.seed_data.fine_tune and taught) or not pairwise
     used = {"sft": has_sft, "align": pairwise}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
