@@ -12,7 +12,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.protocol import augmentation_of, loss_at
+from selfalign.losses.protocol import loss_at, reference_augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
@@ -199,7 +199,7 @@ class Method:
             return self.supervise(name, replace(models, current=policy), pairs)
         inputs = {"pairs": pairs, "precision": train.align.logprob_settings(self.config.model.dtype)}
         if train.reference_logprobs == "precomputed":
-            p = augmentation_of(loss)
+            p = reference_augmentation_of(loss)
             label = Label.iteration(iteration, "reference")
             reference = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **inputs)
             if policy.digest != models.current.digest:
