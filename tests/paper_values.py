@@ -91,6 +91,7 @@ BY_DPO: Table = {
     "loss.beta": 0.1,
     "loss.label_smoothing": 0,
     "loss.nll_weight": 0,
+    "loss.reduction": "sum",
     "choices.pair": "BestWorst",
     "pair.minimum_margin": 0,
     "pair.length_control": None,
@@ -129,7 +130,10 @@ QUALITY_AWARE: Table = {
     "loss.lam": 0.5,
     "loss.refinement.source": "prompted",
     "loss.refinement.scale": 100,
+    "loss.lam_warmup": 0,
     "loss.refinement.place": "dialogue",
+    "loss.refinement.normalise": "none",
+    "loss.reduction": "sum",
     "loss.label_smoothing": 0,
     "loss.nll_weight": 0,
 }
@@ -208,7 +212,7 @@ OURS = {
     "data.respond": ("sampling.max_new_tokens",),
     "judge": ("prompt", "max_failure_rate", "retries", "min_valid_samples", "sampling.max_new_tokens"),
     "pair": ("finished_only", "max_similarity", "minimum_pairs", "minimum_examples"),
-    "loss.refinement": ("prompt", "constant"),
+    "loss.refinement": ("prompt", "constant", "negative_prompt"),
     "train.sft": (
         "learning_rate", "final_learning_rate", "schedule", "warmup_ratio", "optimizer", "weight_decay",
         "max_grad_norm", "epochs", "batch_size", "max_length", "loss_reduction", "dropout",

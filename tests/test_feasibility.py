@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, Said, composed, policy_artifact, write_tiny_data
+from builders import TINY_RUN, Said, composed, policy_artifact, records_artifact, write_tiny_data
 from omegaconf import OmegaConf
 
 from selfalign.config.checks import other_forms, without_effect
 from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
 from selfalign.launch.hydra_sweep import sweep_folder
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.pipeline.requirements import check_requirements
@@ -591,6 +592,24 @@ def test_length_out_of_reach_of_the_model_is_refused(small: Artifact, case: str)
         check(small, *overrides.split())
     assert str(refused.value).endswith(message)
     assert str(refused.value).startswith(("train.", "evaluate.", "data.", "benchmark.", "judge.prompt takes", "loss."))
+
+
+def test_place_of_p_that_template_or_prompts_do_not_have_is_refused(small: Artifact, tmp_path: Path) -> None:
+    without = replace(small, counts=small.counts | {"system_turns": False})
+    with pytest.raises(
+        SelfalignError, match=r"^loss\.refinement\.place=system, but the model's chat template accepts no"
+    ):
+        check(without, "loss.refinement.place=system")
+    check(small, "loss.refinement.place=system")
+    pairs = [PreferencePair(id=name, prompt=prompt, chosen="So.", rejected="No.")
+             for name, prompt in (("turns", [{"role": "user", "content": "Why?"}]), ("text", "Why? "))]  # fmt: skip
+    config = composed(SMOKE, *SHORT, "loss.refinement.place=after")[0]
+    seeds = replace(small, counts={"ift": 1, "eft": 0})
+    given: Any = SimpleNamespace(
+        seed_data=seeds, pairs=records_artifact(tmp_path / "pairs", pairs=pairs), preferences=None
+    )
+    with pytest.raises(SelfalignError, match=r"^record text: loss\.refinement\.place=after needs a prompt of turns"):
+        check_requirements(config, small, given)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,15 @@ def study(name: str, *overrides: str) -> ExperimentConfig:
 
 def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> None:
     assert set(PAPERS) == PAPER.keys() == SWEEPS.keys()
-    assert set(STUDIES) == {"smoke", "demo", "thought_preference", *PAPERS, *SMALL, *RECIPES, *(f"{name}_small" for name in RECIPES)}
+    assert set(STUDIES) == {
+        "smoke",
+        "demo",
+        "thought_preference",
+        *PAPERS,
+        *SMALL,
+        *RECIPES,
+        *(f"{name}_small" for name in RECIPES),
+    }
 
 
 @pytest.mark.parametrize("name", [name for recipe in RECIPES for name in (recipe, f"{recipe}_small")])

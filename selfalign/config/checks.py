@@ -481,8 +481,8 @@ def _check_scores(config: ExperimentConfig) -> None:
     if low is None or high is None:
         if config.loss.offset is Offset.win_shares:
             raise SelfalignError(
-                f"the loss {config.loss.title} needs shares of wins, but the scores of {type(judge).__name__} have no "
-                "ends: choose judge=pairwise with judge.max_score=1"
+                f"judge: the loss {config.loss.title} needs shares of wins from 0 to 1, but the scores of "
+                f"{type(judge).__name__} have no ends: choose judge=pairwise with judge.max_score=1"
             )
         return
     if isinstance(rule, PositivesOnly) and rule.minimum_score > high:

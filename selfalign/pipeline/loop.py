@@ -13,7 +13,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.data.pair_rules import PairRule
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.protocol import augmentation_of, loss_at
+from selfalign.losses.protocol import loss_at, reference_augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
@@ -252,7 +252,7 @@ class Method:
             return self.supervise(name, replace(models, current=policy), pairs)
         inputs = {"pairs": pairs, "precision": train.align.logprob_settings(config.model.dtype)}
         if train.reference_logprobs == "precomputed":
-            p = augmentation_of(loss)
+            p = reference_augmentation_of(loss)
             label = Label.iteration(iteration, f"{prefix}reference")
             reference = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **inputs)
             if policy.digest != models.current.digest:

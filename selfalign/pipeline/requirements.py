@@ -120,15 +120,31 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInpu
 
 
 def _augmentation(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that p leaves a part of the context for x and a response."""
+    """Check that p leaves a part of the context for x and a response, and that prompts have the turns that it needs."""
     p = augmentation_of(config.loss)
     if p is None:
         return
     tokenizer, context = PolicyCheckpoint(base.path).load_tokenizer(), base.counts["context"]
-    if (length := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
+    for key, one in (("prompt", p.text(tokenizer)), ("negative_prompt", p.negative())):
+        if one is not None and (length := len(plain_ids(tokenizer, one.text))) >= context:
+            yield (
+                f"loss.refinement.{key} takes {length} tokens, so no pair fits after it into the model's context of "
+                f"{context} tokens: shorten it"
+            )
+    if p.place not in ("system", "after"):
+        return
+    if p.place == "system" and base.counts["chat_template"] and not base.counts["system_turns"]:
         yield (
-            f"loss.refinement.prompt takes {length} tokens, so no pair fits after it into the model's context of "
-            f"{context} tokens: shorten it"
+            "loss.refinement.place=system, but the model's chat template accepts no system turn: set another place, or "
+            "give another template with model.chat_template=FILE"
+        )
+    if inputs.pairs is None:
+        return
+    pairs = stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair)
+    if text := next((pair.id for pair in pairs if isinstance(pair.prompt, str)), None):
+        yield (
+            f"record {text}: loss.refinement.place={p.place} needs a prompt of turns, but the prompt is a text: set it "
+            "to dialogue"
         )
 
 
