@@ -1,14 +1,17 @@
 """The code a component is made of, where that is not selfalign's own: part of the key of what it makes."""
 
+import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from selfalign.core.errors import SelfalignError
+from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.files import digest_file, digest_json
 
 KNOWN = {"selfalign", *sys.stdlib_module_names}
@@ -16,6 +19,32 @@ KNOWN = {"selfalign", *sys.stdlib_module_names}
 
 SOURCE = "source code"
 """Stands among a component's settings in a key; no setting can have this name."""
+
+
+def import_code(place: str) -> ModuleType:
+    """Import a module. The current folder is searched if the module is nowhere else.
+
+    Raises:
+        SelfalignError: there is no such module, or it fails.
+    """
+    package = place.partition(".")[0]
+    if (
+        package.isidentifier()
+        and importlib.util.find_spec(package) is None
+        and (here := str(Path.cwd())) not in sys.path
+    ):
+        sys.path.append(here)
+        importlib.invalidate_caches()
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise SelfalignError(f"cannot import {place}: {one_line(error)}") from error
+        raise SelfalignError(
+            f"no module {error.name}; it is looked for among installed packages, on PYTHONPATH and in {Path.cwd()}"
+        ) from error
+    except Exception as error:
+        raise SelfalignError(f"cannot import {place}: {type(error).__name__}: {one_line(error)}") from error
 
 
 @cache
