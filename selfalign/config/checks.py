@@ -18,7 +18,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.comparator import PairwiseComparator
-from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
+from selfalign.judges.protocol import Rubric, asks_a_policy, asks_a_server, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -299,9 +299,9 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
-    if asked.instructions and (asks_a_server(config.judge) or isinstance(config.judge, Pairwise)):
-        why = "a server scores the answers" if asks_a_server(config.judge) else "judge=pairwise scores no single answer"
-        yield r"evaluate\.judge", why
+    if asked.instructions and (not asks_a_policy(config.judge) or isinstance(config.judge, Pairwise)):
+        why = "judge=pairwise scores no single answer" if asks_a_policy(config.judge) else "no model scores the answers"
+        yield r"evaluate\.judge", "a server scores the answers" if asks_a_server(config.judge) else why
     if not any(compares_on(asked, benchmark) for benchmark in config.benchmark.values()):
         yield r"evaluate\.compare_benchmarks", "benchmark selects neither MT-Bench nor Vicuna-Bench"
 

@@ -32,6 +32,8 @@ from selfalign.store.journal import Journal
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models as judges: M_t, M1 and M0."""
 
+NO_MODEL = ""
+"""The `model` of a judge that asks none."""
 
 INSTRUCTIONS_PER_CALL = CHUNK // 4
 """Instructions judged at a time; with four candidates each, as many responses as a stage holds records."""
@@ -204,7 +206,8 @@ class Judge(Protocol):
     A wanted judgement that fails with all its attempts counts once against `max_failure_rate`. A response with fewer
     than `min_valid_samples` valid judgements is unjudged. `instructions_per_call` is the number of instructions judged
     at a time, each with all its responses. `token_setting` names the setting that limits the length of the judge's
-    texts; it is None for a judge that writes nothing.
+    texts; it is None for a judge that writes nothing. `model` is `NO_MODEL` for a judge that asks no model: it gets no
+    policy, and its results depend on none.
     """
 
     max_failure_rate: float
@@ -249,14 +252,21 @@ def asks_a_server(judge: object) -> bool:
     return bool(getattr(judge, "endpoint", Endpoint()).base_url)
 
 
+def asks_a_policy(judge: Any) -> bool:
+    """Whether a policy judges, and not a server or the judge by itself."""
+    return not asks_a_server(judge) and judge.model != NO_MODEL
+
+
 def who_judges(judge: Any, policy: Artifact | None) -> str:
     """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
-    return policy.key if policy is not None and not asks_a_server(judge) else judge.endpoint.model
+    if asks_a_server(judge):
+        return judge.endpoint.model
+    return policy.key if policy is not None else "no model"
 
 
 def wants_model(judge: Any) -> bool:
     """Whether a model has to be loaded that only judges. There may be no judge at all."""
-    return judge is not None and not asks_a_server(judge) and judge.model not in OWN_MODELS
+    return judge is not None and asks_a_policy(judge) and judge.model not in OWN_MODELS
 
 
 def by_instruction(subjects: Sequence[InstructionResponse]) -> dict[str, list[InstructionResponse]]:

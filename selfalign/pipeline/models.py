@@ -7,7 +7,7 @@ from typing import Any
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
-from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
+from selfalign.judges.protocol import OWN_MODELS, asks_a_policy, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
 from selfalign.runs.labels import Label
@@ -160,7 +160,7 @@ class RunJudge:
 
     def resolve_policy(self, model_name: str, models: RunModels) -> tuple[Artifact | None, Artifact | None]:
         """Return the policy that judges and its reference policy; None where the judge needs none."""
-        if asks_a_server(self.settings):
+        if not asks_a_policy(self.settings):
             return None, None
         policy = models.own_or(model_name, models.judge)
         if not isinstance(self.settings, ImplicitReward):
