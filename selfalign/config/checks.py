@@ -18,7 +18,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.comparator import PairwiseComparator
-from selfalign.judges.protocol import Rubric, asks_a_policy, asks_a_server, other_scale
+from selfalign.judges.protocol import Rubric, asks_a_policy, asks_a_server, other_scale, verifies
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -89,6 +89,12 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 def _check_judge(config: ExperimentConfig) -> None:
     """Check that the judge can do what the settings require of it."""
     seeds, judge = config.data.seed_data, config.judge
+    if verifies(judge):
+        _check_verifiable(config)
+    if verifies(config.evaluate.preference_pairs.judge):
+        raise SelfalignError(
+            "evaluate.preference_pairs.judge cannot be verifier: pairs do not say what is right. Choose another judge"
+        )
     teaches = seeds.ranked and seeds.eft_source == EFTSource.human
     if teaches and not isinstance(judge, Pairwise) and fault_of(judge, TeachableJudge):
         raise SelfalignError(
@@ -102,6 +108,21 @@ def _check_judge(config: ExperimentConfig) -> None:
     for end in ("min_score", "max_score"):
         if not isinstance(value := getattr(judge, end, 0), int):
             raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
+
+
+def _check_verifiable(config: ExperimentConfig) -> None:
+    """Check that a judge that checks what instructions say is right gets only instructions that can say it."""
+    data, kind = config.data, type(config.judge).__name__
+    if isinstance(data, SelfRewarding) and not data.instruct.source:
+        raise SelfalignError(
+            f"the judge {kind} checks what an instruction says is right, and written ones say nothing: set "
+            "data=verifiable, or data.instruct.source to instructions that do"
+        )
+    if data.seed_data.ranked:
+        raise SelfalignError(
+            f"the judge {kind} cannot judge ranked answers, whose questions do not say what is right: set "
+            "data.seed_data.ranked=''"
+        )
 
 
 def check_counts(config: ExperimentConfig) -> None:
