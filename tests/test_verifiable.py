@@ -1,6 +1,7 @@
 """Checks of responses, each by cases worked by hand."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_numbers_are_exact_and_tolerance_is_counted_in() -> None:
     assert not passes("12,34", {"kind": "number", "value": 1234})
     assert passes("-3", {"kind": "number", "value": -3})
     assert passes("5-3", {"kind": "number", "value": 3})
+
+
+@pytest.mark.parametrize(
+    "text", [r"\boxed{" * 20_000, "a. " * 20_000, "x" * 100_000 + " ", "{" * 100_000, "-" * 100_000]
+)
+def test_degenerate_response_is_checked_at_once(text: str) -> None:
+    constraints = [{"kind": "sentences", "at_least": 100_000}, {"kind": "paragraphs", "at_least": 9}, {"kind": "json"}]
+    started = time.monotonic()
+    for cut in (False, True):
+        assert not passes(text, {"kind": "number", "value": 42}, *constraints, cut=cut)
+    assert time.monotonic() - started < 5
 
 
 def test_last_word_of_a_cut_response_is_no_answer() -> None:
@@ -239,6 +251,7 @@ def test_rows_say_what_is_right_as_objects_or_as_their_json_texts(tmp_path: Path
 def test_rows_without_it_are_the_records_that_they_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     rows = [{"instruction": "a"}, {"instruction": "b", "answer": "a text", "constraints": ["be brief"]}]
+    assert read(tmp_path, rows[1] | {"answer": '{"name": "weather"}'}) == read(tmp_path, rows[1])
     records = read(tmp_path, *rows)
     assert [one.id for one in records] == ["92ef557cceb6b6ab", "04c1cdb8d7471bdc"]
     write_records(tmp_path / "out.jsonl", records)

@@ -273,16 +273,18 @@ class TaskSource:
 @cache
 def _make(source: TaskSource) -> list[Row]:
     """Return the tasks of a source. They are made once a process."""
-    draw, known, rows, repeats = Draw(source.seed), set[str](), list[Row](), 0
+    draw, drawn, known, rows, repeats = Draw(source.seed), set[str](), set[str](), list[Row](), 0
     while len(rows) < source.count:
         turn = draw.number(0, len(TEMPLATES) - 1) if repeats else len(rows) % len(TEMPLATES)
         row = TEMPLATES[turn](draw)
-        words = digest_json(words_of(row["instruction"]))
-        repeats += 1
-        if words not in known and (int(words[:8], 16) % TEST_SHARE == 0) == source.test:
-            known.add(words)
-            rows.append(row)
-            repeats = 0
+        text, repeats = row["instruction"], repeats + 1
+        if text not in drawn:
+            drawn.add(text)
+            words = digest_json(words_of(text))
+            if words not in known and (int(words[:8], 16) % TEST_SHARE == 0) == source.test:
+                known.add(words)
+                rows.append(row)
+                repeats = 0
         if repeats > MOST_REPEATS:
             raise SelfalignError(f"there are only {len(rows)} verifiable tasks of this seed, not {source.count}")
     return rows

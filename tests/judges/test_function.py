@@ -132,7 +132,7 @@ def test_finished_calls_survive_an_error(tmp_path: Path) -> None:
 # --- its code ----------------------------------------------------------------------------------------------------
 
 
-def test_code_of_the_function_is_part_of_the_key_and_its_folder_is_not(tmp_path: Path) -> None:
+def test_code_of_the_function_is_part_of_the_key_wherever_it_lies(tmp_path: Path) -> None:
     keys = []
     for folder, text in (("a", WORDS), ("b", WORDS), ("b", WORDS + "\n")):
         (tmp_path / folder).mkdir(exist_ok=True)

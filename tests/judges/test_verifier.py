@@ -54,7 +54,7 @@ def test_instruction_that_says_nothing_is_an_error(tmp_path: Path) -> None:
         (["judge=verifier"], r"Verifier checks what .*set data=verifiable, or data\.instruct\.source"),
         (
             [*TASKS, "data.seed_data.ranked=shipped:ranked"],
-            r"cannot judge ranked answers.*set data\.seed_data\.ranked=''",
+            r"cannot judge ranked answers.*set data\.seed_data\.ranked",
         ),
         (
             ["judge@evaluate.preference_pairs.judge=verifier", "evaluate.preference_pairs.source=a.jsonl"],
@@ -62,7 +62,7 @@ def test_instruction_that_says_nothing_is_an_error(tmp_path: Path) -> None:
         ),
         (
             [*TASKS, "pair.minimum_margin=1"],
-            r"pair\.minimum_margin=1.* scores from judge\.min_score=0 to .*max_score=1",
+            r"pair\.minimum_margin=1.* from judge\.min_score=0 to judge\.max_score=1",
         ),
     ],
 )
@@ -72,7 +72,7 @@ def test_use_that_cannot_be_is_refused(overrides: list[str], problem: str) -> No
 
 
 def test_judge_has_no_model_in_the_plan() -> None:
-    stages = {str(label): size for label, size in plan(composed("experiment=smoke", *TASKS))}
+    stages = {str(label): size for label, size in plan(composed("experiment=smoke", *TASKS)[0])}
     assert stages["iteration_1/judgements"].endswith("responses by Verifier, no model")
     assert "judge" not in stages
 
@@ -86,13 +86,9 @@ def read(folder: Path, *lines: str, verifiable: bool = True) -> list[Instruction
 
 
 def test_source_without_checks_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    lines = [
-        '{"id": "a", "instruction": "a", "answer": {"kind": "exact", "value": "b"}}',
-        '{"id": "c", "instruction": "d"}',
-    ]
-    with pytest.raises(
-        SelfalignError, match=r"rows\.jsonl: 1 of 2 instructions, such as c, have neither an answer nor"
-    ):
+    right = '{"id": "a", "instruction": "a", "answer": {"kind": "exact", "value": "b"}}'
+    lines = [right, '{"id": "c", "instruction": "d"}']
+    with pytest.raises(SelfalignError, match=r"rows\.jsonl: 1 of 2 instructions, such as c, have neither an answer"):
         read(tmp_path, *lines)
     assert [one.id for one in read(tmp_path, *lines, verifiable=False)] == ["a", "c"]
 
@@ -125,8 +121,14 @@ def test_run_is_judged_by_what_its_instructions_say(tmp_path: Path) -> None:
         verdict = verify(asked[one.instruction_id], one.text, cut=one.finish_reason is FinishReason.LENGTH)
         assert verdict is not None
         assert scores[one.id] == verdict.score
-    assert all(
-        pair.chosen_score > pair.rejected_score for pair in read_records(made / "pairs/pairs.jsonl", PreferencePair)
-    )
+    pairs = read_records(made / "pairs/pairs.jsonl", PreferencePair)
+    assert pairs
+    for pair in pairs:
+        chosen, rejected = scores[pair.chosen_id], scores[pair.rejected_id]
+        assert chosen is not None
+        assert rejected is not None
+        assert chosen > rejected
     assert read_json(made / "judgements/manifest.json")["inputs"]["policy"] is None
-    assert "share of what was to be checked, 0 to 1" not in (folder / "report.html").read_text("utf-8")
+    assert "which Verifier judged (<b>share of what was to be checked</b>)" in (folder / "report.html").read_text(
+        "utf-8"
+    )
