@@ -19,7 +19,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.panel import Panel, judges_in
-from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, other_scale
+from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, other_scale, verifies
 from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -124,6 +124,12 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 def _check_judge(config: ExperimentConfig) -> None:
     """Check that the judge can do what the settings require of it."""
     seeds, judge = config.data.seed_data, config.judge
+    if verifies(judge):
+        _check_verifiable(config)
+    if verifies(config.evaluate.preference_pairs.judge):
+        raise SelfalignError(
+            "evaluate.preference_pairs.judge cannot be verifier: pairs do not say what is right. Choose another judge"
+        )
     teaches = seeds.ranked and seeds.eft_source == EFTSource.human
     if teaches and not isinstance(judge, Pairwise) and fault_of(judge, TeachableJudge):
         raise SelfalignError(
@@ -175,6 +181,21 @@ def _check_iterations(config: ExperimentConfig) -> None:
             check_counts(own)
         except SelfalignError as error:
             raise SelfalignError(f"{key}: {error}") from error
+
+
+def _check_verifiable(config: ExperimentConfig) -> None:
+    """Check that a judge that checks what instructions say is right gets only instructions that can say it."""
+    data, kind = config.data, type(config.judge).__name__
+    if isinstance(data, SelfRewarding) and not data.instruct.source:
+        raise SelfalignError(
+            f"the judge {kind} checks what an instruction says is right, and written ones say nothing: set "
+            "data=verifiable, or data.instruct.source to instructions that do"
+        )
+    if data.seed_data.ranked:
+        raise SelfalignError(
+            f"the judge {kind} cannot judge ranked answers, whose questions do not say what is right: set "
+            "data.seed_data.ranked=''"
+        )
 
 
 def check_counts(config: ExperimentConfig) -> None:
@@ -379,9 +400,9 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
-    if asked.instructions and (asks_a_server(config.judge) or isinstance(config.judge, Pairwise)):
-        why = "a server scores the answers" if asks_a_server(config.judge) else "judge=pairwise scores no single answer"
-        yield r"evaluate\.judge", why
+    if asked.instructions and (not asks_a_policy(config.judge) or isinstance(config.judge, Pairwise)):
+        why = "judge=pairwise scores no single answer" if asks_a_policy(config.judge) else "no model scores the answers"
+        yield r"evaluate\.judge", "a server scores the answers" if asks_a_server(config.judge) else why
     if not any(compares_on(asked, benchmark) for benchmark in config.benchmark.values()):
         yield r"evaluate\.compare_benchmarks", "benchmark selects neither MT-Bench nor Vicuna-Bench"
 

@@ -100,7 +100,8 @@ class Instruction:
     """A task. `source`: "self" (a model wrote it in this run), "given" (read), "ranked" or "evaluation" (held out).
 
     `turns` is the conversation that asks it, where that is more than one user turn. `text` is then the conversation to
-    read, with its roles: what judges and people see.
+    read, with its roles: what judges and people see. `answer` and `constraints` say what is right, where that can be
+    checked (`data/verifiable.py`).
     """
 
     id: str
@@ -108,6 +109,8 @@ class Instruction:
     source: str
     category: str = ""
     turns: list[Message] = field(default_factory=list)
+    answer: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    constraints: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def prompt(self) -> list[Message]:

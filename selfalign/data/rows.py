@@ -83,7 +83,7 @@ SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>"
 
 READ = {
     "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", SMOOTHING, *TAILS,
-    *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)),
+    *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)), "constraints",
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 
@@ -109,6 +109,9 @@ MEANINGS = {
     **{name: f"the score of {side}" for names, side in zip(SCORES, SIDES[0], strict=True) for name in names},
 }
 """{field: what it is read as}, in the order of a prompt."""
+
+CHECKS = {"answer": "the right answer", "constraints": "what is to be checked"}
+"""{field of an instruction that says what is right: what it is read as}."""
 
 TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 """Beginning of a text that spells a list of turns, as JSON or as Python."""

@@ -22,6 +22,7 @@ from selfalign.data.preference_rows import read_pair
 from selfalign.data.rows import (
     ANSWERS,
     BESIDE,
+    CHECKS,
     CONVERSATIONS,
     INSTRUCTIONS,
     MARKS,
@@ -59,6 +60,7 @@ from selfalign.data.turns import (
     said,
     spoken,
 )
+from selfalign.data.verifiable import read_checks
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ WANTED = {
 
 USED = {
     "demonstrations": {*TASK, *ANSWERS, *MARKS, "tools", "response_calls"},
-    "instructions": {*TASK, "category"},
+    "instructions": {*TASK, "category", *CHECKS},
     "ranked answers": {*TASK, "responses"},
     "pairs": {*TASK, "responses", "tools", *TAILS, *chain.from_iterable((*SIDES, *SCORES))},
 }
@@ -175,12 +177,14 @@ def _check_demonstrations(source: DataSource, found: Sequence[Demonstration]) ->
 def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
     """Return instructions without answers, and the number of dropped rows, by reason.
 
-    An instruction may be a conversation that ends with a user turn, or with an answer to it, which is left out.
+    An instruction may be a conversation that ends with a user turn, or with an answer to it, which is left out. Where a
+    row says what is right, as `read_checks` has it, so does its instruction.
     """
 
     def read(row: Row, drops: Drops) -> Instruction:
         text, turns = _instruction(row, "instructions")
-        return Instruction(id="", text=text, source=kind, category=row.text("category"), turns=turns)
+        checks = read_checks(row)
+        return Instruction(id="", text=text, source=kind, category=row.text("category"), turns=turns, **checks)
 
     return _read(source, "instructions", {}, read, schema)
 
@@ -419,11 +423,14 @@ def _read_own(
             names.update(row.fields, _beside_turns(row, kind))
             spelled.update(row.spelled_gaps())
             unclear.update(name for name in MARKS if name in row.fields and mark_of(row, name) is None)
+            if kind == "instructions":
+                unclear.update(CHECKS.keys() & row.fields.keys() - read_checks(row).keys())
             yield row
 
     records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
     used = USED[kind] - unclear - (_other_sides(names) if kind == "pairs" else set())
-    if taken := [f"{name} as {MEANINGS[name]}" for name in MEANINGS if name in names & used]:
+    meanings = MEANINGS | (CHECKS if kind == "instructions" else {})
+    if taken := [f"{name} as {meanings[name]}" for name in meanings if name in names & used]:
         logger.info("%s: read %s", source, ", ".join(taken))
     if ignored := sorted(names - used):
         logger.info("%s: ignored the fields %s", source, ", ".join(ignored))

@@ -259,6 +259,11 @@ def asks_a_policy(judge: Any) -> bool:
     return not asks_a_server(judge) and judge.model != NO_MODEL
 
 
+def verifies(judge: object) -> bool:
+    """Whether the judge checks what the instructions say is right, which they must then say."""
+    return getattr(judge, "verifies", False)
+
+
 def who_judges(judge: Any, policy: Artifact | None) -> str:
     """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
     if asks_a_server(judge):

@@ -21,7 +21,7 @@ from selfalign.core.records import Demonstration, Instruction, PreferencePair, P
 from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import PairwiseComparator
-from selfalign.judges.protocol import InstructionResponse, asks_a_server
+from selfalign.judges.protocol import NO_MODEL, InstructionResponse, asks_a_server
 from selfalign.launch.profiler import Measured, ProfilingOutput, StageEstimate, forget_peak_memory, measure, peak
 from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, distinct, max_length_generation
 from selfalign.losses.protocol import PreferenceLoss
@@ -221,6 +221,9 @@ class StageEstimator:
     def _judge(
         self, label: str, *, judge: Judge, instructions: Artifact, responses: Artifact, engine: Any, **others: Any
     ) -> None:
+        if judge.model == NO_MODEL:  # What it scores is not like any text.
+            self.unmeasured.append(label)
+            return
         count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
         each, written = math.ceil(answers / count), max_judgement_tokens(judge)
         wanted = judge.wanted(self._subjects(1, each, ["", ""]))

@@ -90,8 +90,8 @@ class SeedDataConfig:
             )
         if not self.fine_tune and self.ranked and self.eft_source != EFTSource.none:
             raise SelfalignError(
-                f"data.seed_data.eft_source={self.eft_source.value} teaches judging, and data.seed_data.fine_tune=false "
-                "teaches nothing: set data.seed_data.eft_source=none"
+                f"data.seed_data.eft_source={self.eft_source.value} teaches judging, and "
+                "data.seed_data.fine_tune=false teaches nothing: set data.seed_data.eft_source=none"
             )
         if self.eft_source == EFTSource.baseline and not (self.demonstrations and self.ranked):
             raise SelfalignError(
