@@ -15,6 +15,7 @@ from selfalign.losses.preference import SrDPO
 from selfalign.losses.protocol import augmentation_of, reference_augmentation_of
 from selfalign.losses.refinement import (
     AUGMENTATION_PROMPT,
+    NEGATIVE_PROMPT,
     SMALLEST_SPREAD,
     Augmentation,
     Normalisation,
@@ -23,6 +24,7 @@ from selfalign.losses.refinement import (
     refinement,
 )
 from selfalign.models.batches import encode_pairs
+from selfalign.store.key import to_key_json
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
@@ -248,6 +250,7 @@ def test_contrastive_pairs_have_the_same_responses_behind_both_prompts(tiny_toke
 
 def test_contrast_has_no_pass_of_the_reference() -> None:
     loss = SrDPO(refinement=Refinement(source="contrastive", prompt="Do well. ", normalise="rms"))
+    assert to_key_json(loss)["refinement"]["negative_prompt"] == NEGATIVE_PROMPT, "in the key once it is used"
     assert reference_augmentation_of(loss) is None
     assert augmentation_of(loss) == Refinement(source="contrastive", prompt="Do well. ")
     assert Refinement(source="contrastive", prompt="Do well. ").given_p() == Refinement(prompt="Do well. ")

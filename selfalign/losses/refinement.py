@@ -51,7 +51,7 @@ class Refinement:
         scale: the highest score of the scale in p: 100, or 10 as in the paper's ablation.
         constant: Δ of every pair if the source is "constant", in units of reward (of reward per token if
             `loss.reduction` is "mean").
-        negative_prompt: p⁻, as `prompt`, if the source is "contrastive".
+        negative_prompt: p⁻, as `prompt`, if the source is "contrastive"; if it is empty, p⁻ asks for a useless answer.
         normalise: "none" weighs Δ by λ as it is. "rms" divides it by its root mean square over the pairs of the
             optimizer step, so that λ has the same weight whatever the scale of Δ; it is at most √pairs then. "zscore"
             takes off the step's mean and divides by the step's standard deviation, as α-DPO does. Metrics show Δ as it
@@ -63,7 +63,7 @@ class Refinement:
     place: str = "dialogue"
     scale: int = SCALE
     constant: float = 0.0
-    negative_prompt: str = field(default=NEGATIVE_PROMPT, metadata={"keyed": "if set"})
+    negative_prompt: str = field(default="", metadata={"keyed": "if set"})
     normalise: str = field(default="none", metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
@@ -72,12 +72,14 @@ class Refinement:
         if self.place not in PLACES:
             raise SelfalignError(f"loss.refinement.place must be one of {', '.join(PLACES)}; got {self.place!r}")
         self.prompt = _text_of(self.prompt, "loss.refinement.prompt", "p")
-        if self.negative_prompt != NEGATIVE_PROMPT and self.source != "contrastive":
+        if self.negative_prompt and self.source != "contrastive":
             raise SelfalignError(
                 f"loss.refinement.negative_prompt has no effect with loss.refinement.source={self.source}: set that to "
                 "contrastive, or remove the setting"
             )
-        self.negative_prompt = _text_of(self.negative_prompt, "loss.refinement.negative_prompt", "p⁻")
+        if self.source == "contrastive":
+            negative = self.negative_prompt or NEGATIVE_PROMPT
+            self.negative_prompt = _text_of(negative, "loss.refinement.negative_prompt", "p⁻")
         if self.scale < 1:
             raise SelfalignError(f"loss.refinement.scale must be 1 or more, got {self.scale}")
         if self.scale != SCALE and "{scale}" not in self.prompt:
@@ -114,9 +116,7 @@ class Refinement:
 
     def given_p(self) -> "Refinement":
         """Return the settings of the pass given p⊕x alone."""
-        return (
-            replace(self, source="prompted", negative_prompt=NEGATIVE_PROMPT) if self.source == "contrastive" else self
-        )
+        return replace(self, source="prompted", negative_prompt="") if self.source == "contrastive" else self
 
     def text(self, tokenizer: "Tokenizer") -> "Augmentation":
         """Return p: the prompt with its scale, or random words of the same length."""
