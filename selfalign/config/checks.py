@@ -18,7 +18,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.comparator import PairwiseComparator
-from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
+from selfalign.judges.protocol import Rubric, asks_a_server, head_of, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -299,11 +299,20 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
-    if asked.instructions and (asks_a_server(config.judge) or isinstance(config.judge, Pairwise)):
-        why = "a server scores the answers" if asks_a_server(config.judge) else "judge=pairwise scores no single answer"
+    why = _scores_of_one_judge(config.judge)
+    if asked.instructions and why:
         yield r"evaluate\.judge", why
     if not any(compares_on(asked, benchmark) for benchmark in config.benchmark.values()):
         yield r"evaluate\.compare_benchmarks", "benchmark selects neither MT-Bench nor Vicuna-Bench"
+
+
+def _scores_of_one_judge(judge: Any) -> str:
+    """Return why no model of the run scores the evaluation answers; empty if one does."""
+    if asks_a_server(judge):
+        return "a server scores the answers"
+    if isinstance(judge, Pairwise):
+        return "judge=pairwise scores no single answer"
+    return "a reward model scores the answers" if head_of(judge) is not None else ""
 
 
 def _idle_grading(key: str, grader: Grader) -> Iterator[tuple[str, str]]:

@@ -7,9 +7,10 @@ from typing import Any
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
-from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
+from selfalign.judges.protocol import OWN_MODELS, asks_a_server, head_of, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
+from selfalign.models.reward_model import RewardHead
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.judge import ImplicitReward, Judge, judge
@@ -57,9 +58,12 @@ class RunModels:
         return self.named(name) if name is not None and name in OWN_MODELS else fixed
 
 
-def load_from_outside(run: StageRunner, label: Label, model: ModelConfig, key: str) -> Artifact:
-    """Load a model from outside the run; `key` is the setting that names it."""
-    return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)))
+def load_from_outside(
+    run: StageRunner, label: Label, model: ModelConfig, key: str, head: RewardHead | None = None
+) -> Artifact:
+    """Load a model from outside the run; `key` is the setting that names it, `head` sums a reward model's logits."""
+    reads = {} if head is None else {"head": head}
+    return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)), **reads)
 
 
 def judges_of(config: ExperimentConfig) -> dict[str, Any]:
@@ -105,11 +109,13 @@ def checkpoint_judge(config: ExperimentConfig, run: StageRunner) -> Artifact | N
 def _fixed_judge(config: ExperimentConfig, run: StageRunner, label: Label, judge: Any, key: str) -> Artifact | None:
     if not wants_model(judge):
         return None
-    return _outside(config, run, label, judge.model, key)
+    return _outside(config, run, label, judge.model, key, head_of(judge))
 
 
-def _outside(config: ExperimentConfig, run: StageRunner, label: Label, path: str, key: str) -> Artifact:
-    return load_from_outside(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model")
+def _outside(
+    config: ExperimentConfig, run: StageRunner, label: Label, path: str, key: str, head: RewardHead | None = None
+) -> Artifact:
+    return load_from_outside(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model", head)
 
 
 @dataclass(slots=True)
@@ -162,6 +168,8 @@ class RunJudge:
         """Return the policy that judges and its reference policy; None where the judge needs none."""
         if asks_a_server(self.settings):
             return None, None
+        if head_of(self.settings) is not None:
+            return models.judge, None
         policy = models.own_or(model_name, models.judge)
         if not isinstance(self.settings, ImplicitReward):
             return policy, None

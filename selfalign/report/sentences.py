@@ -8,7 +8,12 @@ from selfalign.report.html import compact, is_number, percent, strong
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
 
-SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward", "ExpectedScore": "expected score"}
+SCORES = {
+    "Pairwise": "wins of comparisons",
+    "ImplicitReward": "implicit reward",
+    "ExpectedScore": "expected score",
+    "RewardModel": "reward",
+}
 RULES = {
     "BestWorst": "the best candidate was paired with the worst",
     "RandomPair": "two random candidates were paired, and the one with the higher score was chosen",
