@@ -66,6 +66,9 @@ THOUGHTS = ("thought", "chosen_thought", "rejected_thought", "thought_prompt")
 ENDED = ("chosen_finished", "rejected_finished")
 """Fields of pairs.jsonl that tell whether an answer ended by itself. A given one does."""
 
+CRITERIA = ("criteria", "rubric", "rubrics")
+"""Fields with what responses to an instruction are judged by."""
+
 SCORES = tuple(
     (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}-score")
     for side in ("chosen", "rejected")
@@ -79,7 +82,7 @@ SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>"
 """How programs spell an absent text."""
 
 READ = {
-    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", *TAILS,
+    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", *TAILS, *CRITERIA,
     *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)),
 }  # fmt: skip
 """Fields that are read, by one format or another."""
@@ -100,6 +103,7 @@ MEANINGS = {
     **dict.fromkeys(INPUTS, "the user's turn, below the instruction"),
     **dict.fromkeys(ANSWERS, "the response"),
     "responses": "ranked answers",
+    **dict.fromkeys(CRITERIA, "criteria"),
     **{name: side for names in SIDES[:2] for name, side in zip(names, ("chosen", "rejected"), strict=True)},
     "rejected_response": "rejected",
     **{name: f"the score of {side}" for names, side in zip(SCORES, SIDES[0], strict=True) for name in names},

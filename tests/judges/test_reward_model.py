@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import (
-    Killed,
-    records_artifact,
-    response,
-    workspace,
-)
+from builders import Killed, composed, records_artifact, response, workspace
 from judging import ANSWERS, ASKED, given, judged, run_judge
 from tokenizers.processors import TemplateProcessing
 from transformers import (
