@@ -18,6 +18,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.criteria import CriteriaSource, criteria_of
 from selfalign.judges.protocol import Rubric, asks_a_server, head_of, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
@@ -94,6 +95,7 @@ def _check_judge(config: ExperimentConfig) -> None:
         raise SelfalignError(
             f"the judge {type(judge).__name__} writes no judgements to fine-tune on: set data.seed_data.eft_source=none"
         )
+    _check_given_criteria(config)
     if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
         raise SelfalignError(
             "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
@@ -102,6 +104,20 @@ def _check_judge(config: ExperimentConfig) -> None:
     for end in ("min_score", "max_score"):
         if not isinstance(value := getattr(judge, end, 0), int):
             raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
+
+
+def _check_given_criteria(config: ExperimentConfig) -> None:
+    """Check that a judge that takes the criteria of the data judges nothing but instructions from data."""
+    lacking = {"evaluate.preference_pairs.judge": "pairs have no criteria"}
+    if isinstance(data := config.data, SelfRewarding) and not data.instruct.source:
+        lacking["judge"] = "instructions that a model writes have none: set data.instruct.source"
+    for key, why in lacking.items():
+        criteria = criteria_of(_judges(config)[key])
+        if criteria is not None and criteria.source == CriteriaSource.given:
+            raise SelfalignError(
+                f"{key}.criteria.source=given takes the criteria of the data, but {why}; or set "
+                f"{key}.criteria.source=written"
+            )
 
 
 def check_counts(config: ExperimentConfig) -> None:
@@ -222,6 +238,8 @@ def other_forms(config: ExperimentConfig) -> list[str]:
             forms = ["[["]
         elif isinstance(judge, WrittenScore | ExpectedScore):
             forms = ["Score:"]
+        elif criteria_of(judge) is not None:
+            forms = ["Answer: Yes", "Answer: No"]
         if absent := [form for form in forms if form.casefold() not in judge.prompt.casefold()]:
             lines.append(
                 f"{key}.prompt does not ask for {' or '.join(absent)}, and nothing else is read as the verdict"
@@ -299,6 +317,10 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
+        criteria = criteria_of(comparator)
+        if criteria is not None and criteria.source == CriteriaSource.given:
+            writing = "model|count|prompt|retries|sampling"
+            yield rf"{re.escape(key)}\.criteria\.({writing})", f"{key}.criteria.source=given writes none"
     why = _scores_of_one_judge(config.judge)
     if asked.instructions and why:
         yield r"evaluate\.judge", why

@@ -7,6 +7,7 @@ from typing import Any
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
+from selfalign.judges.criteria import CriteriaConfig, written_criteria
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server, head_of, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
@@ -15,6 +16,7 @@ from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.load_model import load_model
+from selfalign.stages.write_criteria import write_criteria
 from selfalign.store.artifacts import Artifact, Content
 
 
@@ -152,6 +154,9 @@ class RunJudge:
             purpose: the text from which the seed is derived; the label if empty.
         """
         policy, reference = self.resolve_policy(model_name, models)
+        if (config := written_criteria(self.settings)) is not None:
+            writer = policy if config.model == "judge" else models.named(config.model)
+            instructions = self._write_criteria(label.criteria, config, writer, instructions)
         return self.run.make(
             label,
             judge,
@@ -162,6 +167,20 @@ class RunJudge:
             responses=responses,
             engine=self.config.engine,
             seed=derive_seed(self.config.seed, purpose or str(label)),
+        )
+
+    def _write_criteria(
+        self, label: Label, config: CriteriaConfig, writer: Artifact | None, instructions: Artifact
+    ) -> Artifact:
+        """Write criteria for instructions; those for the same instructions by the same writer are the same."""
+        return self.run.make(
+            label,
+            write_criteria,
+            config=config,
+            policy=writer,
+            instructions=instructions,
+            engine=self.config.engine,
+            seed=derive_seed(self.config.seed, "criteria"),
         )
 
     def resolve_policy(self, model_name: str, models: RunModels) -> tuple[Artifact | None, Artifact | None]:

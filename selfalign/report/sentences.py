@@ -13,6 +13,7 @@ SCORES = {
     "ImplicitReward": "implicit reward",
     "ExpectedScore": "expected score",
     "RewardModel": "reward",
+    "RubricScore": "share of an instruction's own criteria that are met",
 }
 RULES = {
     "BestWorst": "the best candidate was paired with the worst",

@@ -13,8 +13,11 @@ MODEL = re.compile(r"M(\d+)")
 COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
-WRITTEN = ("instructions", "responses", "answers")
-REPEATED = ("answers", "scores", "ranked_scores")
+CRITERIA = {"judgements": "criteria", "scores": "answer_criteria", "ranked_scores": "ranked_criteria"}
+"""{part that the run's judge makes: the criteria that are written for it}."""
+
+WRITTEN = ("instructions", "responses", "answers", *CRITERIA.values())
+REPEATED = ("answers", "scores", "ranked_scores", "answer_criteria", "ranked_criteria")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
 
@@ -83,6 +86,11 @@ class Label:
     def sibling(self, part: str) -> "Label":
         """Return the label of another part of the same owner."""
         return replace(self, part=part)
+
+    @property
+    def criteria(self) -> "Label":
+        """The label of the criteria that are written for judgements with this label."""
+        return self.sibling(CRITERIA[self.part])
 
     def link_in(self, folder: Path) -> Path:
         """Return the link to the artifact in a run folder."""
