@@ -17,7 +17,7 @@ WRITERS = ("judge", "self", "sft", "base")
 IMPORTANCE = {"essential": 1.0, "important": 0.7, "optional": 0.3, "pitfall": -0.9}
 """{word before a written criterion: its weight}, after arXiv 2507.17746, whose pitfalls state what is avoided."""
 
-LINE = re.compile(rf"\W*({'|'.join(IMPORTANCE)})\W*?[:–—-][\s*]*(\S.*)", re.IGNORECASE)
+LINE = re.compile(rf"[\W\d]*({'|'.join(IMPORTANCE)})\W*?[:–—-][\s*]*(\S.*)", re.IGNORECASE)
 """A line with a criterion, in any list and any bold."""
 
 PROMPT = (
