@@ -1,7 +1,9 @@
 """The criteria of single instructions: in given rows, in records, and in what a run asks for."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,8 +15,18 @@ from selfalign.core.files import digest_json
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Criterion, Instruction, RankedAnswers
 from selfalign.data.sources import read_instructions, read_ranked
+from selfalign.judges.criteria import CriteriaConfig
+from selfalign.judges.expected import ExpectedScore
+from selfalign.judges.rubric import RubricScore
+from selfalign.launch.dry_run_stages import StageEstimator
+from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.requirements import _criteria
+from selfalign.runs.labels import Label
+from selfalign.runs.planner import Planner
 from selfalign.stages.seed_data import write_questions
+from selfalign.store.artifacts import Artifact
+from selfalign.store.key import to_key_json
+from selfalign.store.stage import PlannedArtifact, StageFunction
 
 
 def rows(folder: Path, *fields: dict) -> str:
@@ -104,3 +116,49 @@ def test_instruction_without_criteria_is_named_before_anything_is_trained(tmp_pa
     assert problem.startswith("judge.criteria.source=given, but record b of evaluate.instructions has no criteria")
     config, _, _ = composed(*chosen)
     assert list(_criteria(config, base, Inputs(questions=lacking))) == []
+
+
+CHOSEN = ["experiment=smoke", "judge=rubric", "data.seed_data.eft_source=none"]
+
+
+@dataclass
+class Recorder(Planner):
+    """A planner that keeps the inputs of each stage, by its label."""
+
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
+        self.made[str(label)] = to_key_json(inputs)
+        return Planner.make(self, label, stage, **inputs)
+
+
+def recorded(*overrides: str) -> dict[str, Any]:
+    """The inputs of each stage of a run."""
+    recorder = Recorder()
+    run_pipeline(composed(*CHOSEN, *overrides)[0], recorder)
+    return recorder.made
+
+
+def test_answers_of_all_models_are_judged_by_the_criteria_of_one_writer() -> None:
+    made = recorded()
+    first, second, third = (made[f"evaluation_M{n}/answer_criteria"] for n in (1, 2, 3))
+    assert first == second == third
+    writers = [made[f"iteration_{n}/criteria"]["policy"]["digest"] for n in (1, 2)]
+    assert writers == ["M1", "M2"], "whoever judges writes"
+
+
+@pytest.mark.parametrize(("writer", "wrote"), [("base", "M0"), ("sft", "M1"), ("self", "M2")])
+def test_another_model_of_the_run_may_write_the_criteria(writer: str, wrote: str) -> None:
+    made = recorded(f"judge.criteria.model={writer}")
+    assert made["iteration_2/criteria"]["policy"]["digest"] == wrote
+
+
+def test_dry_run_judges_by_as_many_criteria_as_an_instruction_has_at_most(tmp_path: Path) -> None:
+    estimator = StageEstimator(composed()[0], tmp_path)
+    judge = RubricScore(prompt="{instruction}{response}{criterion}", criteria=CriteriaConfig(count=3))
+    few, many = (Instruction(id=str(n), text="?", source="given", criteria=WEIGHED[:n]) for n in (1, 2))
+    given = records_artifact(tmp_path / "given", instructions=[few, many])
+    planned = PlannedArtifact("write_criteria", "criteria", tmp_path, digest="", counts={}, seconds=0.0)
+    assert estimator._criteria_each(judge, given) == 2
+    assert estimator._criteria_each(judge, planned) == 3
+    assert estimator._criteria_each(ExpectedScore(prompt="{instruction}{response}"), given) is None
