@@ -40,7 +40,7 @@ class RewardModel:
         model: the checkpoint, a folder or hub id.
         weights: {attribute, as `id2label` of the checkpoint names it, or its index: its weight}; needed for a model of
             several attributes, of which the others have no weight.
-        dtype: of the weights, "float32" or "bfloat16", in which a score has no more than three digits.
+        dtype: of the weights, "float32", or "bfloat16", whose scores have no more than three digits.
         max_batch_tokens: the most tokens of a forward pass.
         max_failure_rate: the run stops when more than this share of the responses gets no score.
         degeneracy: thresholds below which scores count as nearly constant.
