@@ -224,6 +224,8 @@ NEEDED = {
     "loss/sppo": ["judge=pairwise", "judge.max_score=1"],
     "pair/positives": ["loss=positives"],
     "judge/implicit": ["data.seed_data.eft_source=none"],
+    "judge/reward_model": ["judge.model=owner/name", "data.seed_data.eft_source=none"],
+    "judge/rubric": ["data.seed_data.eft_source=none"],
     "benchmark/alpaca_eval": ["benchmark.alpaca_eval.reference_outputs=outputs.json"],
     "benchmark/vicuna_bench": ["benchmark.vicuna_bench.questions=question.jsonl"],
     "benchmark/lm_eval": ["benchmark.lm_eval.tasks=[{name: quiz, metric: acc}]"],

@@ -18,8 +18,9 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.criteria import CriteriaSource, criteria_of
 from selfalign.judges.panel import Panel, judges_in
-from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, other_scale, verifies
+from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, head_of, other_scale, verifies
 from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -124,7 +125,7 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 def _check_judge(config: ExperimentConfig) -> None:
     """Check that the judge can do what the settings require of it."""
     seeds, judge = config.data.seed_data, config.judge
-    if verifies(judge):
+    if any(map(verifies, judges_in("judge", judge).values())):
         _check_verifiable(config)
     if verifies(config.evaluate.preference_pairs.judge):
         raise SelfalignError(
@@ -135,6 +136,7 @@ def _check_judge(config: ExperimentConfig) -> None:
         raise SelfalignError(
             f"the judge {type(judge).__name__} writes no judgements to fine-tune on: set data.seed_data.eft_source=none"
         )
+    _check_given_criteria(config)
     if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
         raise SelfalignError(
             "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
@@ -196,6 +198,24 @@ def _check_verifiable(config: ExperimentConfig) -> None:
             f"the judge {kind} cannot judge ranked answers, whose questions do not say what is right: set "
             "data.seed_data.ranked=''"
         )
+
+
+def _check_given_criteria(config: ExperimentConfig) -> None:
+    """Check that a judge that takes the criteria of the data judges nothing but instructions from data."""
+    lacking = {"evaluate.preference_pairs.judge": "pairs have no criteria"}
+    if isinstance(data := config.data, SelfRewarding) and not data.instruct.source:
+        lacking["judge"] = "instructions that a model writes have none: set data.instruct.source"
+    judged = [
+        (place, criteria_of(member), why)
+        for key, why in lacking.items()
+        for place, member in judges_in(key, _judges(config)[key]).items()
+    ]
+    for key, criteria, why in judged:
+        if criteria is not None and criteria.source == CriteriaSource.given:
+            raise SelfalignError(
+                f"{key}.criteria.source=given takes the criteria of the data, but {why}; or set "
+                f"{key}.criteria.source=written"
+            )
 
 
 def check_counts(config: ExperimentConfig) -> None:
@@ -322,6 +342,8 @@ def other_forms(config: ExperimentConfig) -> list[str]:
             forms = ["[["]
         elif isinstance(judge, WrittenScore | ExpectedScore):
             forms = ["Score:"]
+        elif criteria_of(judge) is not None:
+            forms = ["Answer: Yes", "Answer: No"]
         if absent := [form for form in forms if form.casefold() not in judge.prompt.casefold()]:
             lines.append(
                 f"{key}.prompt does not ask for {' or '.join(absent)}, and nothing else is read as the verdict"
@@ -400,11 +422,26 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
-    if asked.instructions and (not asks_a_policy(config.judge) or isinstance(config.judge, Pairwise)):
-        why = "judge=pairwise scores no single answer" if asks_a_policy(config.judge) else "no model scores the answers"
-        yield r"evaluate\.judge", "a server scores the answers" if asks_a_server(config.judge) else why
+        criteria = criteria_of(comparator)
+        if criteria is not None and criteria.source == CriteriaSource.given:
+            writing = "model|count|prompt|retries|sampling"
+            yield rf"{re.escape(key)}\.criteria\.({writing})", f"{key}.criteria.source=given writes none"
+    why = _scores_of_one_judge(config.judge)
+    if asked.instructions and why:
+        yield r"evaluate\.judge", why
     if not any(compares_on(asked, benchmark) for benchmark in config.benchmark.values()):
         yield r"evaluate\.compare_benchmarks", "benchmark selects neither MT-Bench nor Vicuna-Bench"
+
+
+def _scores_of_one_judge(judge: Any) -> str:
+    """Return why no model of the run scores the evaluation answers; empty if one does."""
+    if asks_a_server(judge):
+        return "a server scores the answers"
+    if isinstance(judge, Pairwise):
+        return "judge=pairwise scores no single answer"
+    if head_of(judge) is not None:
+        return "a reward model scores the answers"
+    return "" if asks_a_policy(judge) or isinstance(judge, Panel) else "no model scores the answers"
 
 
 def _idle_grading(key: str, grader: Grader) -> Iterator[tuple[str, str]]:

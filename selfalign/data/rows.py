@@ -69,6 +69,9 @@ SMOOTHING = "label_smoothing"
 ENDED = ("chosen_finished", "rejected_finished")
 """Fields of pairs.jsonl that tell whether an answer ended by itself. A given one does."""
 
+CRITERIA = ("criteria", "rubric", "rubrics")
+"""Fields with what responses to an instruction are judged by."""
+
 SCORES = tuple(
     (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}-score")
     for side in ("chosen", "rejected")
@@ -84,6 +87,7 @@ SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>"
 READ = {
     "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", SMOOTHING, *TAILS,
     *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)), "constraints",
+    *CRITERIA,
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 
@@ -103,6 +107,7 @@ MEANINGS = {
     **dict.fromkeys(INPUTS, "the user's turn, below the instruction"),
     **dict.fromkeys(ANSWERS, "the response"),
     "responses": "ranked answers",
+    **dict.fromkeys(CRITERIA, "criteria"),
     **{name: side for names in SIDES[:2] for name, side in zip(names, ("chosen", "rejected"), strict=True)},
     "rejected_response": "rejected",
     SMOOTHING: "the label smoothing of the pair",

@@ -17,6 +17,7 @@ from msgspec import UNSET
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.records import Demonstration, Instruction, Message, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.containers import Placed, read_rows
+from selfalign.data.criteria import read_criteria
 from selfalign.data.mixtures import DataSource, mix, renamed
 from selfalign.data.preference_rows import read_pair
 from selfalign.data.rows import (
@@ -24,6 +25,7 @@ from selfalign.data.rows import (
     BESIDE,
     CHECKS,
     CONVERSATIONS,
+    CRITERIA,
     INSTRUCTIONS,
     MARKS,
     MEANINGS,
@@ -95,8 +97,8 @@ WANTED = {
 
 USED = {
     "demonstrations": {*TASK, *ANSWERS, *MARKS, "tools", "response_calls"},
-    "instructions": {*TASK, "category", *CHECKS},
-    "ranked answers": {*TASK, "responses"},
+    "instructions": {*TASK, "category", *CHECKS, *CRITERIA},
+    "ranked answers": {*TASK, *CRITERIA, "responses"},
     "pairs": {*TASK, "responses", "tools", *TAILS, *chain.from_iterable((*SIDES, *SCORES))},
 }
 """{kind of record: the fields that it is read from}."""
@@ -183,8 +185,8 @@ def read_instructions(source: DataSource, kind: str, schema: Schema | None = Non
 
     def read(row: Row, drops: Drops) -> Instruction:
         text, turns = _instruction(row, "instructions")
-        checks = read_checks(row)
-        return Instruction(id="", text=text, source=kind, category=row.text("category"), turns=turns, **checks)
+        category, criteria, checks = row.text("category"), read_criteria(row), read_checks(row)
+        return Instruction(id="", text=text, source=kind, category=category, turns=turns, criteria=criteria, **checks)
 
     return _read(source, "instructions", {}, read, schema)
 
@@ -660,4 +662,5 @@ def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
         scores=list(map(int, scores)),
         justifications=[answer.justification for answer in answers],
         turns=turns,
+        criteria=read_criteria(row),
     )

@@ -85,6 +85,10 @@ class PairwiseComparator:
         if self.thought_tokens < 0:
             raise SelfalignError(f"{self.key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
 
+    def check_tokenizer(self, tokenizer: "Tokenizer") -> None:
+        """Check that each verdict is a single token."""
+        verdict_tokens(tokenizer, self.key)
+
     def ask(self, instruction: str, first: str, second: str) -> Prompt:
         """Return the judge's prompt about two responses in this order, of which the judge sees the answers alone."""
         shown = {"first": answer_given(first), "second": answer_given(second)}

@@ -211,6 +211,7 @@ POSITIVES = Metric("positives", "responses good enough to train on", "count")
 
 # Judging
 JUDGEMENTS = Metric("judgements", "judgements made, further attempts included", "count")
+CRITERIA = Metric("criteria", "criteria written for instructions", "count")
 RETRIES = Metric("retries", "further attempts, where a judgement carried no score", "count")
 UNJUDGED_RESPONSES = Metric("unjudged_responses", "responses without a score", "count")
 COMPARISONS = Metric("comparisons", "comparisons of two responses, both orders together", "count")

@@ -13,6 +13,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import RankedAnswers
 from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
+from selfalign.judges.panel import judges_in
 from selfalign.judges.protocol import verifies
 from selfalign.metrics import catalog
 from selfalign.runs.labels import Label
@@ -219,7 +220,7 @@ class RunInputs:
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": seeds}
         if schema is not None:
             inputs["schema"] = schema
-        if judged and verifies(self.config.judge):
+        if judged and any(map(verifies, judges_in("judge", self.config.judge).values())):
             inputs["verifiable"] = True
         others = [artifact for artifact in trained_on if artifact.digest != self.seed_data.digest]
         if found := overlapping(others, source):

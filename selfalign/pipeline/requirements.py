@@ -9,14 +9,15 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
-from selfalign.core.records import Demonstration, PreferencePair, Prompt
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
 from selfalign.data.rows import TOOLS
 from selfalign.data.tails import is_plain, tails_of
 from selfalign.data.thinking import PromptEnd
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.comparator import PairwiseComparator, verdict_tokens
-from selfalign.judges.expected import ExpectedScore, score_tokens
+from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.criteria import CriteriaSource, criteria_of, written_criteria
+from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.protocol import augmentation_of, cannot_train, misfit
@@ -46,7 +47,7 @@ def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInpu
     if isinstance(base, PlannedArtifact):
         return  # In a plan nothing has been read yet.
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _router_loss, _quantisation, _judges)
-    checks = (*of_model, _conversations, _turns_and_tools, _thoughts, _scores)
+    checks = (*of_model, _criteria, _conversations, _turns_and_tools, _thoughts, _scores)
     configs = [config, *(config.in_iteration(int(start)) for start in config.at)]
     problems = [problem for own in configs for check in checks for problem in check(own, base, inputs)]
     if problems:
@@ -90,6 +91,10 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
     if selection.interval_steps:
         writers["train.checkpoint_selection"] = selection
     samplings: dict[str, Sampling] = {f"{key}.sampling": writer.sampling for key, writer in writers.items()}
+    for key, judge in judges_of(config).items():
+        criteria = written_criteria(judge)
+        if criteria is not None and (criteria.model != "judge" or judge.model in OWN_MODELS):
+            samplings[f"{key}.criteria.sampling"] = criteria.sampling
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
             samplings[f"benchmark.{name}"] = benchmark.sampling(0.0)
@@ -293,18 +298,35 @@ def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
 
 
 def _judges(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that the model's tokenizer has single tokens for the scores and verdicts of the run's own judges."""
+    """Check that the model's tokenizer has single tokens for what the run's own judges read as scores."""
     tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     if not tokenizer.chat_template:
         return
     try:
         for judge in _own_judges(config).values():
-            if isinstance(judge, ExpectedScore):
-                score_tokens(tokenizer, judge.min_score, judge.max_score)
-            if isinstance(judge, PairwiseComparator):
-                verdict_tokens(tokenizer, judge.key)
+            if check := getattr(judge, "check_tokenizer", None):
+                check(tokenizer)
     except SelfalignError as error:
         yield str(error)
+
+
+def _criteria(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that all instructions to be judged have criteria, if the judge takes those of the data."""
+    criteria = criteria_of(config.judge)
+    if criteria is None or criteria.source != CriteriaSource.given:
+        return
+    judged = {
+        "data.instruct.source": inputs.instructions,
+        "evaluate.instructions": inputs.questions,
+        "data.seed_data.ranked": inputs.ranked,
+    }
+    for key, artifact in judged.items():
+        records = stream_records(artifact.path / "instructions.jsonl", Instruction) if artifact else iter(())
+        if lacking := next((record.id for record in records if not record.criteria), None):
+            yield (
+                f"judge.criteria.source=given, but record {lacking} of {key} has no criteria: add the field criteria "
+                f"to its row, leave {key} empty, or set judge.criteria.source=written"
+            )
 
 
 def _own_judges(config: ExperimentConfig) -> dict[str, Any]:

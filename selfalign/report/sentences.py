@@ -13,6 +13,8 @@ SCORES = {
     "ImplicitReward": "implicit reward",
     "ExpectedScore": "expected score",
     "Verifier": "share of what was to be checked",
+    "RewardModel": "reward",
+    "RubricScore": "share of an instruction's own criteria that are met",
 }
 RULES = {
     "BestWorst": "the best candidate was paired with the worst",

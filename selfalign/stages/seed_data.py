@@ -312,7 +312,10 @@ def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
     write_records(out.path / "ranked.jsonl", questions)
     write_records(
         out.path / "instructions.jsonl",
-        [Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns) for q in questions],
+        [
+            Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns, criteria=q.criteria)
+            for q in questions
+        ],
     )
     write_records(
         out.path / "responses.jsonl", [answer for question in questions for answer in given_answers(question)]
