@@ -17,7 +17,7 @@ from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
-from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.comparator import ComparatorSettings
 from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
@@ -216,8 +216,8 @@ def other_forms(config: ExperimentConfig) -> list[str]:
     lines: list[str] = []
     for key, judge in _judges(config).items():
         forms: list[str] = []
-        if isinstance(judge, PairwiseComparator):
-            forms = ["[[A]]", "[[B]]"]
+        if isinstance(judge, ComparatorSettings):
+            forms = [*judge.forms]
         elif isinstance(judge, Grader) and not judge.prompts:
             forms = ["[["]
         elif isinstance(judge, WrittenScore | ExpectedScore):
@@ -294,9 +294,10 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"loss\.refinement\.(prompt|place|scale)", why
     for key, comparator in _judges(config).items():
         served = asks_a_server(comparator)
-        if isinstance(comparator, PairwiseComparator):
+        if isinstance(comparator, ComparatorSettings):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"
-            yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
+            why = "a server compares" if served else "a policy's verdict is read from its probabilities"
+            yield rf"{re.escape(key)}\.({unread})", why
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
     if asked.instructions and (asks_a_server(config.judge) or isinstance(config.judge, Pairwise)):

@@ -206,8 +206,8 @@ def length_controlled(
 
 
 def style_controlled(
-    outcomes: Sequence[float],
-    weights: Sequence[float],
+    outcomes: ArrayLike,
+    weights: ArrayLike,
     differences: ArrayLike,
     *,
     seed: int = 0,
