@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from selfalign.benchmarks.grading import Grader
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
@@ -266,7 +267,8 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"hub\.(repo_id|private)", "hub.push=false pushes nothing to a hub"
     if not config.dry_run:
         yield "price_per_hour", "only dry_run=true estimates the cost of a run"
-    if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions):
+    tested = any(isinstance(one, JudgeTest) and one.judge is None for one in config.benchmark.values())
+    if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions or tested):
         yield "judge", "pairs are given, and there are no responses or ranked questions to score"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
@@ -133,7 +134,11 @@ class ServerProbe:
 def probes(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
     """Return a probe for each endpoint that the remaining stages use."""
     busy = {
-        "judge": any(label.is_judged for label in labels),
+        "judge": any(label.is_judged for label in labels)
+        or any(
+            isinstance(benchmark, JudgeTest) and benchmark.judge is None and measured_by(name, labels)
+            for name, benchmark in config.benchmark.items()
+        ),
         "train.checkpoint_selection.head_to_head": any(label.is_aligned for label in labels),
         "evaluate.head_to_head": any(label.opponent for label in labels),
         "evaluate.preference_pairs.judge": Label.input("preferences", "scores") in labels,

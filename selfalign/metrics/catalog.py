@@ -366,6 +366,18 @@ BENCHMARK_STYLE_WIN_RATE_IN = Metric("{benchmark}/win_rate_style_controlled/{cat
 BENCHMARK_STYLE_EFFECT = Metric("{benchmark}/style_effect/{feature}",
     "what a difference of one standard deviation in this feature of style adds to the log-odds of a verdict for the "
     "model", "")
+BENCHMARK_COMPARISONS = Metric("{benchmark}/labelled", "labelled comparisons that the judge was asked about", "count")
+BENCHMARK_ACCURACY = Metric("{benchmark}/accuracy",
+    "share of labelled comparisons that the judge decides as the label does; in RewardBench the mean of its sections",
+    "share", better="higher", title="judge accuracy")
+BENCHMARK_ACCURACY_IN = Metric("{benchmark}/accuracy/{subset}",
+    "the same share in this subset; of RewardBench 2's Ties, its score", "share", better="higher")
+BENCHMARK_CHANCE = Metric("{benchmark}/chance",
+    "accuracy of a judge that guesses; RewardBench 2's Ties are left out", "share")
+BENCHMARK_FAILED = Metric("{benchmark}/failed",
+    "share of labelled comparisons in which a judgement failed, which count as wrong", "share", better="lower")
+BENCHMARK_TIED = Metric("{benchmark}/tied", "share of labelled comparisons in which the judge prefers neither side",
+    "share")
 BENCHMARK_AVERAGE = Metric("{benchmark}/average", "mean of the tasks' metrics; the interval assumes independent tasks",
     "", better="higher")
 BENCHMARK_TASK_DOCUMENTS = Metric("{benchmark}/{task}/documents", "documents of the task", "count")

@@ -166,7 +166,8 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
     """Yield those of the files that benchmarks read: named by a setting, or in a folder of tasks."""
     for name, settings in run.config.get("benchmark", {}).items():
         measured = next((label for label in run.stages if label.model_name and label.part == name), None)
-        known = {**settings.get("judge", {}), **settings}
+        named = {f"baselines.{category}": source for category, source in settings.get("baselines", {}).items()}
+        known = {**(settings.get("judge") or {}), **settings, **named}
         for key, content in run.inputs(measured).get("contents", {}).items() if measured else ():
             yield (
                 (f"benchmark.{name}.{key}", known[key], content)
@@ -176,7 +177,10 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
 
 
 def judged_apart(comparison: JobComparison) -> list[str]:
-    """Return the metrics for which judges of different weights judged the last models, such as each job's own M1."""
+    """Return the metrics for which judges of different weights judged the last models, such as each job's own M1.
+
+    Benchmarks of the runs' own judges are left out: there the judge is what is measured.
+    """
     judges: dict[str, set[str]] = {}
     for job in comparison.finished:
         if job.run is None:
@@ -185,7 +189,11 @@ def judged_apart(comparison: JobComparison) -> list[str]:
         places = {
             catalog.EVAL_WIN_RATE.name: (Label.comparison(model, "M1"), "policy"),
             catalog.EVAL_MEAN_SCORE.name: (Label.evaluation(model, "scores"), "policy"),
-            **{name: (Label.evaluation(model, name), "judge") for name in job.run.config.get("benchmark", {})},
+            **{
+                name: (Label.evaluation(model, name), "judge")
+                for name, settings in job.run.config.get("benchmark", {}).items()
+                if settings.get("judge", {}) is not None
+            },
         }
         for metric, (label, role) in places.items():
             if judge := job.run.inputs(label).get(role):
