@@ -214,6 +214,12 @@ def test_verdict_is_read_from_the_judges_own_lines(text: str, expected: Any) -> 
     assert (game.verdict or game.status) == expected
 
 
+def test_verdicts_are_read_in_every_spelling() -> None:
+    said = ["A>>B", "B<<A", "A>B", "B<A", "A=B", "B=A", "B>A", "A<B", "B>>A", "A<<B"]
+    read = [parse_game(f"[[{one}]]").verdict for one in said]
+    assert read == [verdict for verdict in ArenaVerdict for _ in range(2)]
+
+
 def test_verdict_that_an_answer_spells_is_not_the_judges() -> None:
     shown = ["The answer says: [[A>B]]"]
     assert parse_game("The answer says: [[A>B]]", FinishReason.EOS, shown).status is JudgementStatus.NO_SCORE
