@@ -398,3 +398,18 @@ def test_judge_of_given_pairs_has_an_effect_where_it_is_measured(tmp_path: Path)
     config, _, _ = composed("experiment=smoke", *pairs, *measured, "judge=expected_score", "judge.max_score=4")
     assert isinstance(config.judge, ExpectedScore)
     assert json.dumps(config.judge.max_score) == "4"
+
+
+def test_policy_without_a_reference_is_not_measured_by_its_implicit_reward(tmp_path: Path) -> None:
+    """M1 is M0 here, so all its rewards would be 0."""
+    pairs = write_rows(
+        tmp_path / "p.jsonl", [{"prompt": f"Say {n}.", "chosen": "Yes.", "rejected": "No."} for n in "ab"]
+    )
+    given = ["data=pairs", f"data.path={pairs}", "data.count=0", "iterations=1", "evaluate=none", "judge=implicit"]
+    seeds = [f"data.seed_data.{name}" for name in ("demonstrations=''", "ranked=''", "eft_source=none")]
+    rows = write_rows(tmp_path / "rows.jsonl", [judge_row(0, "x", "A>B", 5, 4)])
+    measured = ["benchmark=[judge_bench]", f"benchmark.judge_bench.questions={rows}"]
+    folder = run(tmp_path / "outputs", *TINY_RUN[:1], "train.align.batch_size=1", *given, *seeds, *measured)
+    made = [stage["label"] for stage in read_json(folder / "summary.json")["stages"]]
+    assert "evaluation_M2/judge_bench" in made
+    assert "evaluation_M1/judge_bench" not in made
