@@ -236,6 +236,9 @@ NEEDED = {
     "judge/verifier": ["data=verifiable"],
     "benchmark/alpaca_eval": ["benchmark.alpaca_eval.reference_outputs=outputs.json"],
     "benchmark/vicuna_bench": ["benchmark.vicuna_bench.questions=question.jsonl"],
+    "benchmark/arena_hard": ["benchmark.arena_hard.questions=question.jsonl"],
+    "benchmark/reward_bench": ["benchmark.reward_bench.questions=rows.jsonl"],
+    "benchmark/judge_bench": ["benchmark.judge_bench.questions=rows.jsonl"],
     "benchmark/lm_eval": ["benchmark.lm_eval.tasks=[{name: quiz, metric: acc}]"],
     "engine/server": ["engine.command='serve {weights} --port {port}'"],
     "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
@@ -442,6 +445,18 @@ RANGES = [
     (
         "benchmark=[alpaca_eval] benchmark.alpaca_eval.reference_outputs=o benchmark.alpaca_eval.judge.prompt=x",
         "benchmark.alpaca_eval.judge.prompt",
+    ),
+    (
+        "benchmark=[arena_hard] benchmark.arena_hard.questions=q benchmark.arena_hard.judge.prompt=x",
+        "benchmark.arena_hard.judge.prompt",
+    ),
+    (
+        "benchmark=[arena_hard] benchmark.arena_hard.questions=q benchmark.arena_hard.sampling.top_p=2",
+        "benchmark.arena_hard.sampling.top_p",
+    ),
+    (
+        "benchmark=[reward_bench] benchmark.reward_bench.questions=q benchmark.reward_bench.count=-1",
+        "benchmark.reward_bench.count",
     ),
     (
         "benchmark=[vicuna_bench] benchmark.vicuna_bench.questions=q benchmark.vicuna_bench.count=-1",

@@ -299,7 +299,7 @@ IDLE = {
     ),
     "tokens of a policy's verdict": (
         "evaluate.head_to_head.verdict_tokens=9", ["evaluate.head_to_head.verdict_tokens=9"],
-        "a policy's verdict is one token",
+        "a policy's verdict is read from its probabilities",
     ),
     "repository of no push": ("hub.repo_id=owner/name", ["hub.repo_id=owner/name"],
     "hub.push=false pushes nothing to a hub"),

@@ -11,13 +11,14 @@ from dataclasses import fields
 from typing import Any
 
 from selfalign.benchmarks.grading import Grader
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
-from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.comparator import ComparatorSettings
 from selfalign.judges.criteria import CriteriaSource, criteria_of
 from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, head_of, other_scale, verifies
@@ -336,8 +337,8 @@ def other_forms(config: ExperimentConfig) -> list[str]:
     lines: list[str] = []
     for key, judge in _judges(config).items():
         forms: list[str] = []
-        if isinstance(judge, PairwiseComparator):
-            forms = ["[[A]]", "[[B]]"]
+        if isinstance(judge, ComparatorSettings):
+            forms = [*judge.forms]
         elif isinstance(judge, Grader) and not judge.prompts:
             forms = ["[["]
         elif isinstance(judge, WrittenScore | ExpectedScore):
@@ -389,7 +390,8 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"hub\.(repo_id|private)", "hub.push=false pushes nothing to a hub"
     if not config.dry_run:
         yield "price_per_hour", "only dry_run=true estimates the cost of a run"
-    if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions):
+    tested = any(isinstance(one, JudgeTest) and one.judge is None for one in config.benchmark.values())
+    if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions or tested):
         yield "judge", "pairs are given, and there are no responses or ranked questions to score"
 
 
@@ -417,9 +419,10 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"loss\.refinement\.(prompt|place|scale)", why
     for key, comparator in _judges(config).items():
         served = asks_a_server(comparator)
-        if isinstance(comparator, PairwiseComparator):
+        if isinstance(comparator, ComparatorSettings):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"
-            yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
+            why = "a server compares" if served else "a policy's verdict is read from its probabilities"
+            yield rf"{re.escape(key)}\.({unread})", why
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
         criteria = criteria_of(comparator)

@@ -361,6 +361,31 @@ BENCHMARK_MEAN_CHARACTERS = Metric("{benchmark}/mean_characters", "mean length o
     "characters")
 BENCHMARK_FINISHED_SHARE = Metric("{benchmark}/finished_share", "share of the answers that end by themselves",
     "share", better="higher")
+BENCHMARK_WEIGHTED_WIN_RATE = Metric("{benchmark}/win_rate_weighted",
+    "share of the verdicts of both orders that are for the model and not for the baseline; a tie counts half, and a "
+    "verdict by far three times", "share", better="higher")
+BENCHMARK_WEIGHTED_WIN_RATE_IN = Metric("{benchmark}/win_rate_weighted/{category}", "the same rate in this category",
+    "share", better="higher")
+BENCHMARK_STYLE_WIN_RATE = Metric("{benchmark}/win_rate_style_controlled",
+    "expected rate where both answers have the same length and markdown, by a logistic model of style and verdicts",
+    "share", better="higher", title="win rate at equal style")
+BENCHMARK_STYLE_WIN_RATE_IN = Metric("{benchmark}/win_rate_style_controlled/{category}",
+    "the expected rate at equal style in this category", "share", better="higher")
+BENCHMARK_STYLE_EFFECT = Metric("{benchmark}/style_effect/{feature}",
+    "what a difference of one standard deviation in this feature of style adds to the log-odds of a verdict for the "
+    "model", "")
+BENCHMARK_COMPARISONS = Metric("{benchmark}/labelled", "labelled comparisons that the judge was asked about", "count")
+BENCHMARK_ACCURACY = Metric("{benchmark}/accuracy",
+    "share of labelled comparisons that the judge decides as the label does; in RewardBench the mean of its sections",
+    "share", better="higher", title="judge accuracy")
+BENCHMARK_ACCURACY_IN = Metric("{benchmark}/accuracy/{subset}",
+    "the same share in this subset; of RewardBench 2's Ties, its score", "share", better="higher")
+BENCHMARK_CHANCE = Metric("{benchmark}/chance",
+    "accuracy of a judge that guesses; RewardBench 2's Ties are left out", "share")
+BENCHMARK_FAILED = Metric("{benchmark}/failed",
+    "share of labelled comparisons in which a judgement failed, which count as wrong", "share", better="lower")
+BENCHMARK_TIED = Metric("{benchmark}/tied", "share of labelled comparisons in which the judge prefers neither side",
+    "share")
 BENCHMARK_AVERAGE = Metric("{benchmark}/average", "mean of the tasks' metrics; the interval assumes independent tasks",
     "", better="higher")
 BENCHMARK_TASK_DOCUMENTS = Metric("{benchmark}/{task}/documents", "documents of the task", "count")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
+from selfalign.benchmarks.arena_hard import ArenaHard
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
@@ -98,7 +99,7 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
             samplings[f"benchmark.{name}"] = benchmark.sampling(0.0)
-        elif isinstance(benchmark, AlpacaEval):
+        elif isinstance(benchmark, AlpacaEval | ArenaHard):
             samplings[f"benchmark.{name}.sampling"] = benchmark.sampling
     return samplings
 
