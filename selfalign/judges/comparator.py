@@ -115,24 +115,32 @@ class PairwiseComparator:
         comparisons, counts = self.compare(context, pairs)
         unread = Unread()
         unread.add((one.status, unread_text(one)) for one in comparisons if one.outcome is None)
-        failed = unread.reasons
-        if failed.total() > self.max_failure_rate * len(pairs) or failed.total() == len(pairs):
-            raise SelfalignError(
-                f"{label}: {failed.total()} of {len(pairs)} comparisons have no verdict ({dict(failed)}); "
-                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or raise "
-                f"{self.key}.max_failure_rate"
-            )
+        self.check_read(unread, len(pairs), label)
         longer = [float(len(pair.first.text) - len(pair.second.text)) for pair in pairs]
         known = [(c.outcome, length) for c, length in zip(comparisons, longer, strict=True) if c.outcome is not None]
         return comparisons, {
             catalog.COMPARISONS.name: len(pairs),
-            "dropped": dict(sorted(failed.items())),
+            "dropped": dict(sorted(unread.reasons.items())),
             **win_statistics([outcome for outcome, _ in known], [length for _, length in known]),
             catalog.MEAN_CHARACTERS.name: mean_length([pair.first for pair in pairs]),
             catalog.MEAN_CHARACTERS_OPPONENT.name: mean_length([pair.second for pair in pairs]),
             **bias_statistics(comparisons),
             **counts,
         }
+
+    def check_read(self, unread: Unread, compared: int, label: str) -> None:
+        """Check that enough of the comparisons have a verdict.
+
+        Raises:
+            SelfalignError: too many have none, or all.
+        """
+        failed = unread.reasons
+        if failed.total() > self.max_failure_rate * compared or failed.total() == compared:
+            raise SelfalignError(
+                f"{label}: {failed.total()} of {compared} comparisons have no verdict ({dict(failed)}); "
+                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or raise "
+                f"{self.key}.max_failure_rate"
+            )
 
     @property
     def token_setting(self) -> str:

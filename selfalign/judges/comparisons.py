@@ -118,7 +118,9 @@ def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in won.items()}
 
 
-def expected_win_rates(outcomes: Sequence[tuple[str, str, float]], rounds: int = 200) -> dict[str, float]:
+def expected_win_rates(
+    outcomes: Sequence[tuple[str, str, float]], weights: Sequence[float] | None = None, rounds: int = 200
+) -> dict[str, float]:
     """Return {response: its expected win rate against an average opponent} by Bradley and Terry's model.
 
     Response i of strength w_i beats j with probability w_i / (w_i + w_j), which is Elo's model. The strengths have the
@@ -128,18 +130,20 @@ def expected_win_rates(outcomes: Sequence[tuple[str, str, float]], rounds: int =
 
     Args:
         outcomes: (first, second, outcome of the first) of every comparison.
+        weights: how much each comparison counts in wins_i and n_ij; None counts each as 1.
         rounds: iterations.
     """
+    counted = [(*one, weight) for one, weight in zip(outcomes, weights or [1.0] * len(outcomes), strict=True)]
     names = sorted({name for first, second, _ in outcomes for name in (first, second)})
     strength = dict.fromkeys(names, 1.0)
     wins = dict.fromkeys(names, 0.5)
-    for first, second, outcome in outcomes:
-        wins[first] += outcome
-        wins[second] += 1 - outcome
+    for first, second, outcome, weight in counted:
+        wins[first] += weight * outcome
+        wins[second] += weight * (1 - outcome)
     for _ in range(rounds):
         games = {name: 1 / (strength[name] + 1) for name in names}
-        for first, second, _ in outcomes:
-            share = 1 / (strength[first] + strength[second])
+        for first, second, _, weight in counted:
+            share = weight / (strength[first] + strength[second])
             games[first] += share
             games[second] += share
         strength = {name: wins[name] / games[name] for name in names}
