@@ -109,6 +109,44 @@ def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:
     return {catalog.JUDGE_POSITION_BIAS.name: biased.value, catalog.JUDGE_TIED_COMPARISONS.name: tied.value}
 
 
+@dataclass(slots=True)
+class PositionWeights:
+    """Weights of wins by position, which take a judge's preference for a position off (arXiv 2407.19594).
+
+    A win in a position counts as much as the other position's share of all wins. Of a judge that names the first
+    position nine times of ten, a win in the second counts nine times as much as one in the first.
+
+    Attributes:
+        first: number of wins in the first position so far, over both orders of comparisons that have an outcome.
+        second: of those in the second.
+    """
+
+    first: int = 0
+    second: int = 0
+
+    def add(self, comparison: Comparison) -> None:
+        """Count the wins of both orders. A comparison without an outcome has none."""
+        if comparison.outcome is not None:
+            verdicts = (comparison.forward, comparison.backward)
+            self.first += verdicts.count(Verdict.A)
+            self.second += verdicts.count(Verdict.B)
+
+    @property
+    def share_of_first(self) -> float:
+        """The share of all wins that are in the first position, which is the weight of one in the second; ½ of none."""
+        wins = self.first + self.second
+        return self.first / wins if wins else 0.5
+
+    def games(self, comparison: Comparison) -> tuple[float, float]:
+        """Return the weighted wins of the first response over the second, and those of the second over the first."""
+        if comparison.outcome is None:
+            return 0.0, 0.0
+        there, back, in_second = comparison.forward, comparison.backward, self.share_of_first
+        in_first = 1 - in_second
+        first = in_first * (there is Verdict.A) + in_second * (back is Verdict.B)
+        return first, in_second * (there is Verdict.B) + in_first * (back is Verdict.A)
+
+
 def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:
     """Return {response: the share of its comparisons that it won}, a tie counting half."""
     won: dict[str, list[float]] = {}

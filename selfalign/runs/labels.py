@@ -21,6 +21,9 @@ INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
 AHEAD = "ahead_"
 """Prefix of the parts of an iteration that a model is made from which only writes in it."""
 
+JUDGE_PAIRS = "judge_pairs"
+"""The part of an iteration that has its pairs of judgements."""
+
 REPEATED = ("answers", "scores", "ranked_scores")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
@@ -171,7 +174,7 @@ class Label:
             return f"{BASELINE}/"
         if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
             return f"{self}/"
-        if self.part.startswith(AHEAD) or "_by_" in self.part:
+        if self.part.startswith(AHEAD) or "_by_" in self.part or self.part == JUDGE_PAIRS:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 
