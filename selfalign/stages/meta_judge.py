@@ -227,7 +227,7 @@ def meta_judge(
         catalog.PAIRS.name: tally.pairs,
         catalog.CANDIDATE_PAIRS.name: tally.instructions,
         catalog.COMPARISONS.name: wanted,
-        "dropped": dict(sorted({**+tally.drops, "unread_comparison": tally.unread.reasons.total()}.items())),
+        "dropped": dict(sorted((tally.drops + Counter(unread_comparison=tally.unread.reasons.total())).items())),
         catalog.JUDGE_FIRST_WINS.name: tally.weights.share_of_first,
         **({} if tally.higher.value is None else {catalog.JUDGE_HIGHER_CHOSEN.name: tally.higher.value}),
         **bias_statistics(_comparisons(file)),
