@@ -280,7 +280,7 @@ TECHNICAL = (
     *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
-    *words("model.system_prompt data.seed_data.assistant_turns"),
+    *words("model.system_prompt data.seed_data.assistant_turns data.meta_judge"),
 )
 """Where and how fast it runs, what is only warned of, where it is logged, and what these studies do not have: thoughts,
 a system prompt, demonstrations of several answers; `*` stands for anything."""

@@ -30,7 +30,9 @@ from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seed_data import EFTSource
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-SMALL = [name for name in STUDIES if name.endswith("_small")]
+OTHERS = ["thought_preference", "meta_rewarding", "meta_rewarding_small"]
+"""Studies of papers whose values are in no table."""
+SMALL = [name for name in STUDIES if name.endswith("_small") and name not in OTHERS]
 PAPERS = [name.removesuffix("_small") for name in SMALL]
 
 FOUR_LOSSES = {"loss": "dpo,ipo,sr_dpo,sr_ipo"}
@@ -105,7 +107,9 @@ def study(name: str, *overrides: str) -> ExperimentConfig:
 
 def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> None:
     assert set(PAPERS) == PAPER.keys() == SWEEPS.keys()
-    assert set(STUDIES) == {"smoke", "demo", "thought_preference", *PAPERS, *SMALL}
+    assert set(STUDIES) == {"smoke", "demo", *OTHERS, *PAPERS, *SMALL}
+    for name in OTHERS:
+        assert f"M{study(name).iterations + 1}" in planned(study(name))
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -276,6 +280,16 @@ def test_small_ablations_keep_what_they_take_away() -> None:
     prompts = [study("self_rewarding_judge_prompt_small", *job).judge for job in jobs_of("self_rewarding_judge_prompt")]
     assert all(isinstance(judge, SampledScore) and judge.max_failure_rate == 1 for judge in prompts)
     assert len({judge.prompt for judge in prompts}) == 2
+
+
+def test_meta_rewarding_has_pairs_of_judgements_in_its_first_two_iterations() -> None:
+    config = study("meta_rewarding")
+    assert (config.data.respond.candidates, config.judge.num_samples, config.iterations) == (7, 11, 4)
+    assert config.pair.length_control == [0, 0.32, 0.32, 0.4]
+    labels = planned(config)
+    assert [label for label in labels if "judge_pairs" in label] == [f"iteration_{n}/judge_pairs" for n in (1, 2)]
+    small = study("meta_rewarding_small")
+    assert [label for label in planned(small) if "judge_pairs" in label] == ["iteration_1/judge_pairs"]
 
 
 @pytest.mark.parametrize("name", STUDIES)

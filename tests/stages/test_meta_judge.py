@@ -170,7 +170,7 @@ def test_win_in_a_position_counts_as_the_share_of_wins_in_the_other() -> None:
 def test_policy_compares_its_judgements_by_its_own_probabilities(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     policy = policy_artifact(nudged_policy(tiny_policy, tmp_path / "nudged", 0.2))
     comparator = MetaJudge(prompt=PROMPT, debias_position=True, minimum_pairs=0)
-    inputs = {"comparator": comparator, "judge": JUDGE, "policy": policy, "engine": FP32, "seed": 1}
+    inputs: dict[str, Any] = {"comparator": comparator, "judge": JUDGE, "policy": policy, "engine": FP32, "seed": 1}
     scores: Scores = {f"{name}-1": [1, 2, 3, 4] for name in ("bees", "tea", "rain", "salt")}
     counts = meta_judge(workspace(tmp_path / "out"), **inputs, **given(tmp_path, scores))
     made = read_records(tmp_path / "out/comparisons.jsonl", Comparison)
