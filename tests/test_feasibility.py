@@ -149,6 +149,43 @@ OUT_OF_REACH = {
         "judge.sampling.max_new_tokens=512 leaves no token of train.sft.max_length=512 for a prompt, so the longest "
         "texts are never trained on: lower the one or raise the other",
     ),
+    "judgements that M_t does not write": (
+        "data/meta_judge=pairwise",
+        "data.meta_judge pairs judgements that M_t itself writes, but judge is ExpectedScore: choose judge=additive or "
+        "judge=multiple_choice with judge.model=self, or set data/meta_judge=null",
+    ),
+    "judgements of another model": (
+        "data/meta_judge=pairwise judge=additive judge.model=sft",
+        "data.meta_judge pairs judgements that M_t itself writes, but judge is SampledScore with judge.model=sft: "
+        "choose judge=additive or judge=multiple_choice with judge.model=self, or set data/meta_judge=null",
+    ),
+    "too few judgements to compare": (
+        "data/meta_judge=pairwise judge=additive judge.num_samples=2",
+        "judge.num_samples=2, but data.meta_judge compares 3 judgements of a response or more: raise it",
+    ),
+    "fewer judgements than are compared": (
+        "data/meta_judge=pairwise judge=additive judge.num_samples=4 data.meta_judge.judgements=5",
+        "judge.num_samples=4, but data.meta_judge compares 5 judgements of a response or more: raise it",
+    ),
+    "judge pairs for a loss of scores": (
+        "data/meta_judge=pairwise judge=additive loss=odpo",
+        "data.meta_judge: the loss ODPO cannot be trained on pairs of judgements, which have no scores: choose "
+        "loss=dpo, for example",
+    ),
+    "judge pairs without judging": (
+        "data/meta_judge=pairwise judge=additive loss=dpo data.respond.writers=[self,base] pair=by_writer "
+        "pair.rejected_from=base pair.by_score=false",
+        "data.meta_judge needs judgements, and pair.by_score=false asks for none: set it true",
+    ),
+    "judge pairs after the last iteration": (
+        "data/meta_judge=pairwise judge=additive data.meta_judge.iterations=3",
+        "data.meta_judge.iterations=3 goes beyond iterations=2: lower it",
+    ),
+    "judgements of judge pairs that are never trained on": (
+        "data/meta_judge=pairwise judge=additive judge.sampling.max_new_tokens=2048",
+        "judge.sampling.max_new_tokens=2048 leaves no token of train.align.max_length=2048 for a prompt, so the "
+        "longest texts are never trained on: lower the one or raise the other",
+    ),
 }  # fmt: skip
 
 

@@ -298,6 +298,9 @@ def test_half_a_file_that_a_killed_write_left_is_no_part_of_the_artifact(tmp_pat
 
 # --- other ways through ------------------------------------------------------------------------------------------
 
+JUDGE_PROMPT = "<instruction>{instruction}</instruction> <response>{response}</response> Score?"
+"""So short that the tiny model learns to write a score behind it."""
+
 WAYS = {
     "self_rewarding": [],
     "no_answers_compared": ["evaluate=none", "++evaluate.head_to_head.debias_position=true", "iterations=1"],
@@ -326,6 +329,9 @@ WAYS = {
               "judge.members.outside.model=random:tiny", "+judge.weights.read=2", "data.seed_data.eft_source=none",
               "iterations=1"],
     "consistency": ["pair=all_ordered", "pair.consistency=each", "pair.consistent_with=base", "iterations=1"],
+    "meta_judged": ["data/meta_judge=pairwise", "data.meta_judge.iterations=1", "data.meta_judge.minimum_pairs=0",
+                    "judge=additive", f"judge.prompt='{JUDGE_PROMPT}'", "judge.sampling.temperature=1",
+                    "judge.sampling.max_new_tokens=12", "judge.max_failure_rate=1", "train.sft.epochs=20"],
     "changes": ["+judge@at.2.judge=expected_score", "at.2.judge.model=random:tiny", "+loss@at.2.loss=ipo",
                 "+at.2.writers=[self,sft]", "+pair@at.2.pair=random"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
@@ -452,6 +458,23 @@ def check_base_reference(folder: Path) -> None:
 
 def digest_in(folder: Path, label: str, name: str) -> str:
     return manifest(folder, label)["inputs"][name]["digest"]
+
+
+def check_meta_judged(folder: Path) -> None:
+    compared = records(folder, "iteration_1/judge_pairs", "comparisons", Comparison)
+    judged = {j.id: j for j in records(folder, "iteration_1/judgements", "judgements", Judgement)}
+    assert compared
+    for one in compared:
+        assert judged[one.first_id].response_id == judged[one.second_id].response_id == one.instruction_id
+    assert {one.model for one in compared} == {read_json(folder / "provenance.json")["weights"]["M1"]}
+    parts = [
+        (folder / f"artifacts/iteration_1/{part}/pairs.jsonl").read_text().splitlines()
+        for part in ("pairs", "judge_pairs", "joined_pairs")
+    ]
+    assert parts[0]
+    assert parts[2] == [*parts[0], *parts[1]]
+    for number, part in ((1, "joined_pairs"), (2, "pairs")):
+        assert digest_in(folder, f"M{number + 1}", "pairs") == manifest(folder, f"iteration_{number}/{part}")["digest"]
 
 
 def check_writers(folder: Path) -> None:

@@ -30,7 +30,7 @@ from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seed_data import EFTSource
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-RECIPES = ["spin", "temporal", "cream"]
+RECIPES = ["spin", "temporal", "cream", "meta_rewarding"]
 """Loops that came after the two papers."""
 
 SMALL = [name for name in STUDIES if name.endswith("_small") and name.removesuffix("_small") not in RECIPES]
@@ -295,6 +295,16 @@ def test_small_ablations_keep_what_they_take_away() -> None:
     prompts = [study("self_rewarding_judge_prompt_small", *job).judge for job in jobs_of("self_rewarding_judge_prompt")]
     assert all(isinstance(judge, SampledScore) and judge.max_failure_rate == 1 for judge in prompts)
     assert len({judge.prompt for judge in prompts}) == 2
+
+
+def test_meta_rewarding_has_pairs_of_judgements_in_its_first_two_iterations() -> None:
+    config = study("meta_rewarding")
+    assert (config.data.respond.candidates, config.judge.num_samples, config.iterations) == (7, 11, 4)
+    assert config.pair.length_control == [0, 0.32, 0.32, 0.4]
+    labels = planned(config)
+    assert [label for label in labels if "judge_pairs" in label] == [f"iteration_{n}/judge_pairs" for n in (1, 2)]
+    small = study("meta_rewarding_small")
+    assert [label for label in planned(small) if "judge_pairs" in label] == ["iteration_1/judge_pairs"]
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -63,6 +63,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     _check_evaluation_fine_tuning(config)
     _check_judge(config)
     _check_iterations(config)
+    _check_meta_judge(config)
     _check_benchmarks(config)
     check_effects(config)
     check_counts(config)
@@ -112,6 +113,34 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
             raise SelfalignError(
                 f"pair.consistent_with={config.pair.consistent_with} and judge.model are the same judge: choose another"
             )
+
+
+def _check_meta_judge(config: ExperimentConfig) -> None:
+    """Check that each iteration with pairs of judgements has a judge that writes several of each response."""
+    meta = getattr(config.data, "meta_judge", None)
+    if meta is None:
+        return
+    for iteration in meta.chosen_iterations(config.iterations):
+        own = config.in_iteration(iteration)
+        judge, key = own.judge, own.judge_setting(iteration)
+        if not isinstance(judge, SampledScore) or judge.model != "self":
+            named = f" with {key}.model={judge.model}" if isinstance(judge, SampledScore) else ""
+            raise SelfalignError(
+                f"data.meta_judge pairs judgements that M_t itself writes, but {key} is {type(judge).__name__}{named}: "
+                f"choose judge=additive or judge=multiple_choice with {key}.model=self, or set data/meta_judge=null"
+            )
+        if judge.num_samples < 3 or judge.num_samples < meta.judgements:
+            raise SelfalignError(
+                f"{key}.num_samples={judge.num_samples}, but data.meta_judge compares "
+                f"{max(3, meta.judgements)} judgements of a response or more: raise it"
+            )
+        if not own.loss.pairwise or own.loss.offset in (Offset.score_gap, Offset.win_shares):
+            raise SelfalignError(
+                f"data.meta_judge: the loss {own.loss.title} cannot be trained on pairs of judgements, which have no "
+                "scores: choose loss=dpo, for example"
+            )
+        if not own.pair.needs_scores:
+            raise SelfalignError("data.meta_judge needs judgements, and pair.by_score=false asks for none: set it true")
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
@@ -248,6 +277,7 @@ def check_counts(config: ExperimentConfig) -> None:
                 f"train.validation_pairs={held_out}, but {_sizes(data)} gives {most} pairs an iteration at most, which "
                 "leaves none to train on: lower it or raise data.instruct.count"
             )
+        most += data.instruct.count if data.meta_judge is not None else 0
         check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
     elif rule.minimum_examples > (most := data.instruct.count * data.respond.most_candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
@@ -357,6 +387,7 @@ def _judges(config: ExperimentConfig) -> dict[str, Any]:
     asked = config.evaluate
     return {
         "judge": config.judge,
+        "data.meta_judge": getattr(config.data, "meta_judge", None),
         "evaluate.head_to_head": asked.head_to_head,
         "evaluate.preference_pairs.judge": asked.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": config.train.checkpoint_selection.head_to_head,
@@ -566,10 +597,13 @@ def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> No
     pairwise = config.loss.pairwise
     stage = "train.align" if pairwise else "train.sft"
     limit = (config.train.align if pairwise else config.train.sft).max_length
-    written = {"data.respond.sampling": (data.respond.sampling, stage, limit)}
-    if data.seed_data.eft_source == EFTSource.baseline and isinstance(config.judge, SampledScore):
-        written["judge.sampling"] = (config.judge.sampling, "train.sft", config.train.sft.max_length)
-    for key, (sampling, of, longest) in written.items():
+    written = [("data.respond.sampling", data.respond.sampling, stage, limit)]
+    if isinstance(judge := config.judge, SampledScore):
+        if data.seed_data.eft_source == EFTSource.baseline:
+            written.append(("judge.sampling", judge.sampling, "train.sft", config.train.sft.max_length))
+        if data.meta_judge is not None:
+            written.append(("judge.sampling", judge.sampling, stage, limit))
+    for key, sampling, of, longest in written:
         if sampling.longest >= longest:
             raise SelfalignError(
                 f"{sampling.named(key)} leaves no token of {of}.max_length={longest} for a prompt, so the "

@@ -17,6 +17,7 @@ from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import Judge
 from selfalign.losses.protocol import FineTuningLoss, PreferenceLoss
 from selfalign.runs.tracker import Tracking
+from selfalign.stages.meta_judge import MetaJudge
 from selfalign.stages.pair import PositivesOnly
 
 COMPONENTS: dict[str, tuple[type, ...]] = {
@@ -55,6 +56,8 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
             yield key, member, COMPONENTS["judge"]
     if (judge := config.evaluate.preference_pairs.judge) is not None:
         yield "evaluate.preference_pairs.judge", judge, COMPONENTS["judge"]
+    if (meta := getattr(config.data, "meta_judge", None)) is not None:
+        yield "data.meta_judge", meta, (MetaJudge,)
     if (schema := config.data.schema) is not None:
         yield "data.schema", schema, (Schema,)
     for name, benchmark in config.benchmark.items():

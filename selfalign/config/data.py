@@ -18,6 +18,8 @@ class SelfRewarding:
         seed_data: the training data of M1.
         instruct: how new instructions are generated.
         respond: how candidates are generated.
+        meta_judge: compares judgements, so that the model is aligned on pairs of them too; null makes none
+            (`data/meta_judge=pairwise`).
         accumulate_pairs: align each iteration on the pairs of all iterations so far, instead of its own pairs only.
         schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
@@ -25,6 +27,7 @@ class SelfRewarding:
     seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
+    meta_judge: Any = field(default=None, metadata={"keyed": "if set"})
     accumulate_pairs: bool = False
     schema: Any = None
 

@@ -109,6 +109,44 @@ def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:
     return {catalog.JUDGE_POSITION_BIAS.name: biased.value, catalog.JUDGE_TIED_COMPARISONS.name: tied.value}
 
 
+@dataclass(slots=True)
+class PositionWeights:
+    """Weights of wins by position, which take a judge's preference for a position off (arXiv 2407.19594).
+
+    A win in a position counts as much as the other position's share of all wins. Of a judge that names the first
+    position nine times of ten, a win in the second counts nine times as much as one in the first.
+
+    Attributes:
+        first: number of wins in the first position so far, over both orders of comparisons that have an outcome.
+        second: of those in the second.
+    """
+
+    first: int = 0
+    second: int = 0
+
+    def add(self, comparison: Comparison) -> None:
+        """Count the wins of both orders. A comparison without an outcome has none."""
+        if comparison.outcome is not None:
+            verdicts = (comparison.forward, comparison.backward)
+            self.first += verdicts.count(Verdict.A)
+            self.second += verdicts.count(Verdict.B)
+
+    @property
+    def share_of_first(self) -> float:
+        """The share of all wins that are in the first position, which is the weight of one in the second; ½ of none."""
+        wins = self.first + self.second
+        return self.first / wins if wins else 0.5
+
+    def games(self, comparison: Comparison) -> tuple[float, float]:
+        """Return the weighted wins of the first response over the second, and those of the second over the first."""
+        if comparison.outcome is None:
+            return 0.0, 0.0
+        there, back, in_second = comparison.forward, comparison.backward, self.share_of_first
+        in_first = 1 - in_second
+        first = in_first * (there is Verdict.A) + in_second * (back is Verdict.B)
+        return first, in_second * (there is Verdict.B) + in_first * (back is Verdict.A)
+
+
 def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:
     """Return {response: the share of its comparisons that it won}, a tie counting half."""
     won: dict[str, list[float]] = {}
@@ -118,7 +156,9 @@ def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in won.items()}
 
 
-def expected_win_rates(outcomes: Sequence[tuple[str, str, float]], rounds: int = 200) -> dict[str, float]:
+def expected_win_rates(
+    outcomes: Sequence[tuple[str, str, float]], weights: Sequence[float] | None = None, rounds: int = 200
+) -> dict[str, float]:
     """Return {response: its expected win rate against an average opponent} by Bradley and Terry's model.
 
     Response i of strength w_i beats j with probability w_i / (w_i + w_j), which is Elo's model. The strengths have the
@@ -128,18 +168,20 @@ def expected_win_rates(outcomes: Sequence[tuple[str, str, float]], rounds: int =
 
     Args:
         outcomes: (first, second, outcome of the first) of every comparison.
+        weights: how much each comparison counts in wins_i and n_ij; None counts each as 1.
         rounds: iterations.
     """
+    counted = [(*one, weight) for one, weight in zip(outcomes, weights or [1.0] * len(outcomes), strict=True)]
     names = sorted({name for first, second, _ in outcomes for name in (first, second)})
     strength = dict.fromkeys(names, 1.0)
     wins = dict.fromkeys(names, 0.5)
-    for first, second, outcome in outcomes:
-        wins[first] += outcome
-        wins[second] += 1 - outcome
+    for first, second, outcome, weight in counted:
+        wins[first] += weight * outcome
+        wins[second] += weight * (1 - outcome)
     for _ in range(rounds):
         games = {name: 1 / (strength[name] + 1) for name in names}
-        for first, second, _ in outcomes:
-            share = 1 / (strength[first] + strength[second])
+        for first, second, _, weight in counted:
+            share = weight / (strength[first] + strength[second])
             games[first] += share
             games[second] += share
         strength = {name: wins[name] / games[name] for name in names}

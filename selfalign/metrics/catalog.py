@@ -237,6 +237,12 @@ JUDGE_POSITION_BIAS = Metric("judge/position_bias",
     "share", better="lower", title="position bias")
 JUDGE_PLACE_PREFERENCE = Metric("judge/position_bias_nats",
     "preference of a pairwise judge for the first position, nats", "nats")
+JUDGE_FIRST_WINS = Metric("judge/first_position_wins",
+    "share of the wins of compared judgements that are in the first position, over both orders; ½ is no preference",
+    "share", title="wins in the first position")
+JUDGE_HIGHER_CHOSEN = Metric("judge/higher_score_chosen",
+    "share of pairs of judgements whose chosen judgement gives the higher score, of those with unequal scores; near 1 "
+    "the judge is taught to score higher", "share", title="higher score chosen")
 JUDGE_TIED_COMPARISONS = Metric("judge/tied_comparisons",
     "share of comparisons that are ties, disagreeing orders included", "share")
 JUDGE_ALPHA = Metric("judge/alpha", "length penalty of the implicit reward per token of the response",

@@ -7,12 +7,13 @@ responses (arXiv 2405.21040).
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.data.pair_rules import PairRule
-from selfalign.judges.protocol import asks_a_server
+from selfalign.judges.protocol import asks_a_policy, asks_a_server
 from selfalign.losses.protocol import loss_at, reference_augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
@@ -20,13 +21,14 @@ from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import RunInputs, makes_baseline
 from selfalign.pipeline.models import RunJudge, RunModels, checkpoint_judge, fixed_judges, load_from_outside
 from selfalign.pipeline.requirements import check_requirements
-from selfalign.runs.labels import BASELINE, Label, model_after
+from selfalign.runs.labels import BASELINE, JUDGE_PAIRS, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
 from selfalign.stages.demonstrated import demonstrated_instructions, demonstrated_responses
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
+from selfalign.stages.meta_judge import meta_judge
 from selfalign.stages.pair import PositivesOnly, gather_pairs, pair
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.respond import DEMONSTRATION, NEXT, join_responses, respond
@@ -172,7 +174,7 @@ class Method:
         )
 
     def _pair(self, config: ExperimentConfig, iteration: int, models: RunModels, prefix: str = "") -> Artifact:
-        """Let every writer respond to the newest instructions, judge the responses, and pair them.
+        """Let every writer respond to the newest instructions, judge the responses, and pair them, and the judgements.
 
         Args:
             config: the settings of the iteration.
@@ -192,7 +194,7 @@ class Method:
             label = label.sibling(f"{prefix}second_judgements")
             second["second"] = judging.judge(label, rule.consistent_with, models, instructions, responses)
         label = label.sibling(f"{prefix}pairs")
-        return self.run.make(
+        pairs = self.run.make(
             label,
             pair,
             rule=rule if isinstance(rule, PositivesOnly) else rule.at(iteration),
@@ -202,6 +204,30 @@ class Method:
             seed=self._seed(label),
             **({"thought_prompt": asked} if (asked := config.model.thinking.prompt) else {}),
             **second,
+        )
+        meta = config.data.meta_judge
+        if meta is None or iteration not in meta.chosen_iterations(config.iterations):
+            return pairs
+        label = label.sibling(f"{prefix}{JUDGE_PAIRS}")
+        judged = {"instructions": instructions, "responses": responses, "judgements": judgements}
+        parts = [pairs, self._judge_pairs(config, label, models, judged)]
+        return self.run.make(label.sibling(f"{prefix}joined_pairs"), gather_pairs, parts=parts)
+
+    def _judge_pairs(
+        self, config: ExperimentConfig, label: Label, models: RunModels, judged: dict[str, Any]
+    ) -> Artifact:
+        """Pair judgements of the newest responses with one another (arXiv 2407.19594)."""
+        meta = config.data.meta_judge
+        policy = models.own_or(meta.model, models.outside.get(meta.key)) if asks_a_policy(meta) else None
+        return self.run.make(
+            label,
+            meta_judge,
+            comparator=replace(meta, iterations=None),
+            judge=config.judge,
+            policy=policy,
+            engine=config.engine,
+            seed=self._seed(label),
+            **judged,
         )
 
     def _responses(self, config: ExperimentConfig, label: Label, iteration: int, models: RunModels) -> Artifact:

@@ -34,7 +34,8 @@ class RunModels:
         previous: M_{t-1}, or M0 before there is one.
         writer: a model from outside that writes instructions.
         judge: a model from outside that judges responses.
-        outside: {setting of another judge: its model from outside}: those of `at` and of panels.
+        outside: {setting of another judge: its model from outside}: those of `at`, of panels, and of
+            `data.meta_judge`.
         comparator: a model from outside that compares responses head to head.
         checkpoint_judge: a model from outside that compares checkpoints of an alignment.
         pair_judge: a model from outside that scores held-out pairs.
@@ -78,6 +79,7 @@ def judges_of(config: ExperimentConfig) -> dict[str, Any]:
     evaluation, selection = config.evaluate, config.train.checkpoint_selection
     named = {
         "judge": config.judge,
+        "data.meta_judge": getattr(config.data, "meta_judge", None),
         "evaluate.head_to_head": evaluation.head_to_head,
         "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,
@@ -98,7 +100,7 @@ def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
         "outside": {
             key: _fixed_judge(config, run, Label.input("judges", key), judge, key)
             for key, judge in judges_of(config).items()
-            if key.startswith("at.") or ".members." in key
+            if key.startswith(("at.", "data.")) or ".members." in key
         },
         "comparator": _fixed_judge(
             config, run, Label.input("comparator"), config.evaluate.head_to_head, "evaluate.head_to_head"

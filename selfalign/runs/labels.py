@@ -26,6 +26,9 @@ SECOND = "second_"
 CRITERIA = {"judgements": "criteria", "scores": "answer_criteria", "ranked_scores": "ranked_criteria"}
 """{part that the run's judge makes: the criteria that are written for it}."""
 
+JUDGE_PAIRS = "judge_pairs"
+"""The part of an iteration that has its pairs of judgements."""
+
 WRITTEN = ("instructions", "responses", "answers", *CRITERIA.values())
 REPEATED = ("answers", "scores", "ranked_scores", "answer_criteria", "ranked_criteria")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
@@ -189,7 +192,7 @@ class Label:
             return f"{BASELINE}/"
         if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
             return f"{self}/"
-        if self.part.startswith((AHEAD, SECOND)) or "_by_" in self.part:
+        if self.part.startswith((AHEAD, SECOND, JUDGE_PAIRS)) or "_by_" in self.part:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 

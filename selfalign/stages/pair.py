@@ -334,26 +334,27 @@ def size_of_gathered(*, parts: list[Artifact]) -> Size:
     """Return the number of pairs or demonstrations of all parts."""
     counts = {name: sum(records_in(part, name) for part in parts) for name in ("pairs", "demonstrations")}
     name = "pairs" if counts["pairs"] else "demonstrations"
-    return Size(f"{amount(counts[name])} {name} of {len(parts)} iterations", {name: counts[name]})
+    return Size(f"{amount(counts[name])} {name} of {len(parts)} parts", {name: counts[name]})
 
 
 @stage(size=size_of_gathered)
 def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
-    """Join the pairs or positives of several iterations, the earliest first.
+    """Join the pairs or positives of several iterations, the earliest first, or pairs of responses and of judgements.
 
     A record whose id an earlier part has, as rows of two given files may, is named by its content.
 
     Args:
         out: receives pairs.jsonl, or demonstrations.jsonl for positives.
-        parts: the artifacts of `pair` in each iteration. Before positives there may be M1's demonstrations.
+        parts: artifacts of `pair` and `meta_judge`. Before positives there may be M1's demonstrations. Only pairs of
+            judgements may be none.
     """
     names = {"pairs": PreferencePair, "demonstrations": Demonstration}
     name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
     known: set[str] = set()
 
     def gathered() -> Iterator[Demonstration | PreferencePair]:
-        for part in parts:
-            for record in stream_records(part.path / f"{name}.jsonl", names[name]):
+        for file in (part.path / f"{name}.jsonl" for part in parts):
+            for record in stream_records(file, names[name]) if file.stat().st_size else ():
                 yield replace(record, id=digest_json(to_builtins(record))[:16]) if record.id in known else record
                 known.add(record.id)
 

@@ -207,3 +207,13 @@ def test_expected_win_rates_know_how_strong_the_opponents_were() -> None:
     assert win_shares(outcomes)["d"] == win_shares(outcomes)["e"] == 1.0
     elo = expected_win_rates(outcomes)
     assert elo["d"] > elo["e"] > elo["weak"]
+
+
+def test_comparisons_count_by_their_weights() -> None:
+    """Three wins and a loss are the same as four games of weight 1; half a weight is pulled further to the middle."""
+    games = [("a", "b", 1.0)] * 3 + [("a", "b", 0.0)]
+    assert expected_win_rates([("a", "b", 0.75)], [4.0]) == expected_win_rates(games)
+    one, half, none = (expected_win_rates([("a", "b", 1.0)], [weight])["a"] for weight in (1.0, 0.5, 0.0))
+    assert one > half > none == 0.5
+    w = half / (1 - half)
+    assert w == pytest.approx(1.0 / (0.5 / (w + 1 / w) + 1 / (w + 1)), rel=1e-6)
