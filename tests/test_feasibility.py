@@ -75,6 +75,14 @@ OUT_OF_REACH = {
         "judge=additive judge.num_samples=2 judge.min_valid_samples=3",
         "judge.min_valid_samples must lie between 1 and judge.num_samples=2, got 3",
     ),
+    "a share for another number of iterations": (
+        "data.replay.source=pairs.jsonl data.replay.share=[0.5]",
+        "data.replay.share has 1 values for iterations=2: give one for each iteration, or a single number",
+    ),
+    "nothing but replayed pairs": (
+        "data.replay.share=[0.5,1]",
+        "data.replay.share must be a number from 0 to below 1, or a list of them, got [0.5, 1]",
+    ),
     "all own pairs held out": (
         "train.validation_pairs=6",
         f"train.validation_pairs=6, but {LOOP} gives 6 pairs an iteration at most, which leaves none to train on: "
@@ -153,6 +161,10 @@ NO_EFFECT = {
         "loss=positives pair=positives train.reference_policy=base",
         "train.reference_policy=base would have no effect",
     ),
+    "replayed pairs of no alignment": (
+        "loss=positives pair=positives data.replay.source=pairs.jsonl",
+        "data.replay.source=pairs.jsonl would have no effect: loss=positives fine-tunes with train.sft",
+    ),
     "an adapter's layers without an adapter": (
         "model.lora.targets=q_proj model.lora.alpha=64",
         "model.lora.alpha=64.0 would have no effect: model.lora.rank=0 trains all weights; set a rank",
@@ -206,6 +218,9 @@ IDLE = {
     "writer of given instructions": (
         "data.instruct.source=a.jsonl data.instruct.max_rouge_l=0.5 data.instruct.sampling.temperature=1",
         ["data.instruct.sampling.temperature=1"], "data.instruct.source gives the instructions, so none are generated",
+    ),
+    "share of no replayed pairs": (
+        "data.replay.share=0.2", ["data.replay.share=0.2"], "data.replay.source is empty",
     ),
     "share of no questions": (
         "data.seed_data.ranked='' data.seed_data.held_out_share=0.5", ["data.seed_data.held_out_share=0.5"],
@@ -474,6 +489,7 @@ def test_count_that_the_data_do_not_reach_is_refused_before_a_model_is_fetched(
         "evaluate.instructions",
         "train.checkpoint_selection.instructions",
         "data.instruct.source",
+        "data.replay.source",
         "evaluate.preference_pairs.source",
     ],
 )
@@ -542,7 +558,7 @@ def check(small: Artifact, *overrides: str) -> None:
     config = composed(SMOKE, *SHORT, *overrides)[0]
     taught = int(bool(config.data.seed_data.demonstrations))
     seeds = replace(small, counts={"ift": taught, "eft": 0})
-    given: Any = SimpleNamespace(seed_data=seeds, pairs=None, preferences=None)
+    given: Any = SimpleNamespace(seed_data=seeds, pairs=None, replay=None, preferences=None)
     check_requirements(config, small, given)
 
 

@@ -89,6 +89,8 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         config.loss.check_iterations(config.iterations)
     if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    if isinstance(config.data, SelfRewarding):
+        config.data.replay.check_iterations(config.iterations)
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
@@ -180,6 +182,7 @@ def check_counts(config: ExperimentConfig) -> None:
         most = data.instruct.count * rule.wanted(data.respond.most_candidates)
         if rule.minimum_pairs > most:
             raise SelfalignError(f"pair.minimum_pairs={rule.minimum_pairs}, but {_sizes(data)} gives {most} at most")
+        most = math.ceil(most / (1 - data.replay.largest_share))
         if held_out >= most:
             raise SelfalignError(
                 f"train.validation_pairs={held_out}, but {_sizes(data)} gives {most} pairs an iteration at most, which "
@@ -227,6 +230,8 @@ def check_effects(config: ExperimentConfig) -> None:
             "train.checkpoint_selection.interval_steps": (train.checkpoint_selection.interval_steps, 0),
             "train.reference_policy": (train.reference_policy, "previous"),
         }
+        if isinstance(config.data, SelfRewarding):
+            unused["data.replay.source"] = (config.data.replay.source, "")
         for key, (value, default) in unused.items():
             if value != default:
                 raise SelfalignError(
@@ -334,6 +339,8 @@ def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     if isinstance(data, SelfRewarding) and data.instruct.source:
         writing = "prompt|sampling|seed_examples|generated_examples|prompts_per_batch|max_batches"
         yield rf"data\.instruct\.({writing})", "data.instruct.source gives the instructions, so none are generated"
+    if isinstance(data, SelfRewarding) and not data.replay.source:
+        yield r"data\.replay\.share", "data.replay.source is empty"
     if not seeds.demonstrations:
         yield r"data\.seed_data\.(max_demonstrations|assistant_turns)", "data.seed_data.demonstrations is empty"
     if not seeds.ranked:

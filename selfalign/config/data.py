@@ -11,6 +11,56 @@ from selfalign.stages.seed_data import SeedDataConfig
 
 
 @dataclass(kw_only=True, slots=True)
+class ReplayConfig:
+    """Given preference pairs that are trained on beside the generated ones, against forgetting (arXiv 2406.09760).
+
+    Attributes:
+        source: a data source of preference pairs, as `data.path` of data=pairs; empty replays none.
+        share: γ, the share of given pairs among all that an iteration trains on, at least 0 and below 1, or a list with
+            one for each iteration. They are drawn anew in each iteration, none twice. A model that is aligned ahead
+            sees none.
+    """
+
+    source: Any = ""
+    share: Any = 0.5
+
+    def __post_init__(self) -> None:
+        self.source = data_source(self.source, "data.replay.source")
+        shares = self.share if isinstance(self.share, list) else [self.share]
+        if not (shares and all(map(_is_share, shares))):
+            raise SelfalignError(
+                f"data.replay.share must be a number from 0 to below 1, or a list of them, got {self.share!r}"
+            )
+
+    def check_iterations(self, iterations: int) -> None:
+        """Check that every iteration has its share.
+
+        Raises:
+            SelfalignError: there is a list of another length.
+        """
+        if isinstance(self.share, list) and len(self.share) != iterations:
+            raise SelfalignError(
+                f"data.replay.share has {len(self.share)} values for iterations={iterations}: give one for each "
+                "iteration, or a single number"
+            )
+
+    def at(self, iteration: int) -> float:
+        """Return γ of an iteration, counted from 1; 0 without a source."""
+        share = self.share[iteration - 1] if isinstance(self.share, list) else self.share
+        return share if self.source else 0
+
+    @property
+    def largest_share(self) -> float:
+        """The largest γ of any iteration; 0 without a source."""
+        shares = self.share if isinstance(self.share, list) else [self.share]
+        return max(shares) if self.source else 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
+@dataclass(kw_only=True, slots=True)
 class SelfRewarding:
     """The model generates its own preference pairs.
 
@@ -19,6 +69,7 @@ class SelfRewarding:
         instruct: how new instructions are generated.
         respond: how candidates are generated.
         accumulate_pairs: align each iteration on the pairs of all iterations so far, instead of its own pairs only.
+        replay: given pairs that each iteration trains on beside its own.
         schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
@@ -26,6 +77,7 @@ class SelfRewarding:
     instruct: InstructConfig = field(default_factory=InstructConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
     accumulate_pairs: bool = False
+    replay: ReplayConfig = field(default_factory=ReplayConfig, metadata={"keyed": "if set"})
     schema: Any = None
 
 

@@ -249,11 +249,10 @@ def _thought_budgets(config: ExperimentConfig) -> dict[str, int]:
 
 def _scores(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
     """Check that the loss can train on given pairs: that they have the scores that it needs, and nothing besides."""
-    if inputs.pairs is None:
-        return
     misfits: dict[str, list[str]] = {}
-    for pair in stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair):
-        misfits.setdefault(misfit(config.loss, scores_of(pair), label_smoothing_of(pair)), []).append(pair.id)
+    for given in filter(None, (inputs.pairs, inputs.replay)):
+        for pair in stream_records(given.path / "pairs.jsonl", PreferencePair):
+            misfits.setdefault(misfit(config.loss, scores_of(pair), label_smoothing_of(pair)), []).append(pair.id)
     if message := cannot_train(config.loss, misfits):
         yield message
 
@@ -268,8 +267,8 @@ def _prompts(inputs: RunInputs) -> Iterator[tuple[str, Prompt]]:
 
 def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
     """Yield all given demonstrations and pairs, to train on or held out."""
-    kinds = ((inputs.seed_data, "demonstrations", Demonstration), (inputs.pairs, "pairs", PreferencePair))
-    for artifact, name, kind in (*kinds, (inputs.preferences, "pairs", PreferencePair)):
+    pairs = [(artifact, "pairs", PreferencePair) for artifact in (inputs.pairs, inputs.replay, inputs.preferences)]
+    for artifact, name, kind in ((inputs.seed_data, "demonstrations", Demonstration), *pairs):
         file = None if artifact is None else artifact.path / f"{name}.jsonl"
         if file is not None and file.exists() and file.stat().st_size:
             yield from stream_records(file, kind)
