@@ -12,11 +12,11 @@ from msgspec import UNSET
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, digest_text
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
+from selfalign.core.records import Demonstration, RankedAnswers
 from selfalign.data.mixtures import DataSource, data_source
+from selfalign.data.questions import write_questions
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import UNTAUGHT, read_conversations, read_demonstrations, read_ranked
-from selfalign.data.thinking import given_response
 from selfalign.data.turns import compared_prompt, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.protocol import TeachableJudge
@@ -128,7 +128,7 @@ def seed_data(
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
     taught = data.training if config.eft_source != EFTSource.none else []
     write_records(out.path / "taught.jsonl", taught)
-    write_questions(out, data.held_out)
+    write_questions(out.path, data.held_out)
     return {
         catalog.IFT.name: len({one.question or one.id for one in data.ift}),
         **({catalog.IFT_TURNS.name: len(data.ift)} if config.assistant_turns == AssistantTurns.all else {}),
@@ -157,7 +157,7 @@ def taught_questions(
         schema: the user's description of their rows; None for known formats.
     """
     questions = read_seeds(config, schema).training
-    write_questions(out, questions)
+    write_questions(out.path, questions)
     return {
         catalog.QUESTIONS.name: len(questions),
         catalog.RESPONSES.name: sum(len(question.texts) for question in questions),
@@ -179,7 +179,7 @@ def untrained_questions(out: StageOutput, *, seeds: Artifact, trained_on: Sequen
     questions = read_records(seeds.path / "ranked.jsonl", RankedAnswers)
     known = KnownTexts.of(trained_on)
     untrained = [question for question in questions if not asks_known(question, known)]
-    write_questions(out, untrained)
+    write_questions(out.path, untrained)
     return {
         catalog.QUESTIONS_HELD_OUT.name: len(untrained),
         "dropped": {"trained_on": len(questions) - len(untrained)},
@@ -299,18 +299,6 @@ def distinct_turns(turns: Sequence[Demonstration], drops: Counter[str]) -> list[
     return distinct
 
 
-def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
-    """Write ranked questions, and their instructions and responses for the judge stage."""
-    write_records(out.path / "ranked.jsonl", questions)
-    write_records(
-        out.path / "instructions.jsonl",
-        [Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns) for q in questions],
-    )
-    write_records(
-        out.path / "responses.jsonl", [answer for question in questions for answer in given_answers(question)]
-    )
-
-
 def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
     """Return the ids of the held-out questions: those whose texts have the smallest digests.
 
@@ -377,11 +365,3 @@ def scores_from_ranks(ranks: list[int], low: int, high: int) -> list[int]:
     order = sorted(ranks)
     step = (high - low) / (len(ranks) - 1)
     return [round(high - step * order.index(rank)) for rank in ranks]
-
-
-def given_answers(question: RankedAnswers) -> list[Response]:
-    """Return a question's answers as responses to judge."""
-    return [
-        given_response(f"{question.id}-{index}", question.id, text, "human")
-        for index, text in enumerate(question.texts, start=1)
-    ]
