@@ -568,8 +568,10 @@ def check_replay(folder: Path) -> None:
     known = [one["digest"] for one in manifest(folder, "M3")["inputs"]["trained_on"]]
     parts = ("seeds", "iteration_1/pairs", "iteration_1/replayed_pairs")
     assert known == [manifest(folder, part)["digest"] for part in parts]
+    source = folder.parent / "measured.jsonl"
+    source.write_text('{"prompt": "Which way is up?", "chosen": "Over your head.", "rejected": "Down there."}')
     measured = evaluate_models(
-        [str(folder)], ["evaluate=none", "evaluate.preference_pairs.source=ranked"], conf_folder()
+        [str(folder)], ["evaluate=none", f"evaluate.preference_pairs.source={source}"], conf_folder()
     )
     for model, iterations in (("M2", [1]), ("M3", [1, 2])):
         known = [one["digest"] for one in manifest(measured, f"evaluation_{model}/preferences")["inputs"]["trained_on"]]

@@ -74,9 +74,9 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
             "evaluate.sft_baseline=true needs data.seed_data.demonstrations to train the SFT baseline, and "
             "data.seed_data.ranked to measure it"
         )
-    if seeds.eft_source == EFTSource.baseline and not isinstance(config.judge, SampledScore):
+    if seeds.eft_source.by_baseline and not isinstance(config.judge, SampledScore):
         raise SelfalignError(
-            "data.seed_data.eft_source=baseline needs a judge that writes justifications: choose "
+            f"data.seed_data.eft_source={seeds.eft_source} needs a judge that writes justifications: choose "
             "judge=additive or judge=multiple_choice"
         )
 
@@ -343,11 +343,14 @@ def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"data\.replay\.share", "data.replay.source is empty"
     if not seeds.demonstrations:
         yield r"data\.seed_data\.(max_demonstrations|assistant_turns)", "data.seed_data.demonstrations is empty"
+    synthetic = seeds.eft_source == EFTSource.synthetic
+    if not synthetic:
+        yield r"data\.distortion", "only data.seed_data.eft_source=synthetic distorts instructions"
     if not seeds.ranked:
-        ranked = "max_ranked|held_out_share|eft_source|max_score_imbalance"
+        ranked = "max_ranked|held_out_share" + "|eft_source|max_score_imbalance" * (not synthetic)
         yield rf"data\.seed_data\.({ranked})", "data.seed_data.ranked is empty"
-    elif seeds.eft_source != EFTSource.baseline:
-        why = "only data.seed_data.eft_source=baseline balances the scores of EFT examples"
+    elif not seeds.eft_source.by_baseline:
+        why = "only data.seed_data.eft_source=baseline or synthetic balances the scores of EFT examples"
         yield r"data\.seed_data\.max_score_imbalance", why
 
 
@@ -491,7 +494,7 @@ def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> No
     stage = "train.align" if pairwise else "train.sft"
     limit = (config.train.align if pairwise else config.train.sft).max_length
     written = {"data.respond.sampling": (data.respond.sampling, stage, limit)}
-    if data.seed_data.eft_source == EFTSource.baseline and isinstance(config.judge, SampledScore):
+    if data.seed_data.eft_source.by_baseline and isinstance(config.judge, SampledScore):
         written["judge.sampling"] = (config.judge.sampling, "train.sft", config.train.sft.max_length)
     for key, (sampling, of, longest) in written.items():
         if sampling.longest >= longest:

@@ -5,6 +5,7 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.mixtures import data_source
+from selfalign.stages.distorted import DistortionConfig
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.respond import RespondConfig
 from selfalign.stages.seed_data import SeedDataConfig
@@ -70,6 +71,7 @@ class SelfRewarding:
         respond: how candidates are generated.
         accumulate_pairs: align each iteration on the pairs of all iterations so far, instead of its own pairs only.
         replay: given pairs that each iteration trains on beside its own.
+        distortion: how worse answers than the demonstrations are made, for `seed_data.eft_source=synthetic`.
         schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
@@ -78,6 +80,7 @@ class SelfRewarding:
     respond: RespondConfig = field(default_factory=RespondConfig)
     accumulate_pairs: bool = False
     replay: ReplayConfig = field(default_factory=ReplayConfig, metadata={"keyed": "if set"})
+    distortion: DistortionConfig = field(default_factory=DistortionConfig, metadata={"keyed": "if set"})
     schema: Any = None
 
 
@@ -90,12 +93,14 @@ class Pairs:
             best is paired with the worst.
         count: the number of pairs, taken from the beginning; 0 takes all.
         seed_data: the training data of M1. Without demonstrations M1 is M0, which should then be an SFT model.
+        distortion: how worse answers than the demonstrations are made, for `seed_data.eft_source=synthetic`.
         schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
     path: Any
     count: int = 0
     seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
+    distortion: DistortionConfig = field(default_factory=DistortionConfig, metadata={"keyed": "if set"})
     schema: Any = None
 
     def __post_init__(self) -> None:

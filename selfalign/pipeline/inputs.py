@@ -69,7 +69,7 @@ class RunInputs:
             for name, settings in self.config.benchmark.items()
         }
         self.seed_data = self._make_seeds(
-            Label.input("seeds"), seed_data, data.seed_data.eft_source, judge=self.config.judge
+            Label.input("seeds"), seed_data, self._given_eft(data.seed_data.eft_source), judge=self.config.judge
         )
         self.ranked = self._held_out_questions()
         self.questions = self._read_instructions(
@@ -125,6 +125,11 @@ class RunInputs:
         """Artifacts of the given training data."""
         artifacts = (self.seed_data, self.pairs, self.replay)
         return [artifact for artifact in artifacts if artifact is not None]
+
+    @staticmethod
+    def _given_eft(eft_source: EFTSource) -> EFTSource:
+        """Return the source of EFT examples as far as the data give it: nobody teaches with synthetic ranks there."""
+        return EFTSource.none if eft_source == EFTSource.synthetic else eft_source
 
     def ift(self) -> Artifact:
         """Return the demonstrations without EFT."""
@@ -314,4 +319,4 @@ def _check_count(key: str, wanted: int, found: int, records: str) -> None:
 def makes_baseline(config: ExperimentConfig) -> bool:
     """Whether an SFT baseline is trained besides M1, to write EFT examples or to compare its judging with M1's."""
     eft_source = config.data.seed_data.eft_source
-    return eft_source == EFTSource.baseline or (config.evaluate.sft_baseline and eft_source == EFTSource.human)
+    return eft_source.by_baseline or (config.evaluate.sft_baseline and eft_source == EFTSource.human)

@@ -24,11 +24,12 @@ from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
 from selfalign.stages.demonstrated import demonstrated_instructions, demonstrated_responses
+from selfalign.stages.distorted import distorted_instructions, distorted_questions
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
 from selfalign.stages.pair import PositivesOnly, gather_pairs, pair, replay_pairs
 from selfalign.stages.reference_logprobs import reference_logprobs
-from selfalign.stages.respond import DEMONSTRATION, NEXT, join_responses, respond
+from selfalign.stages.respond import DEMONSTRATION, NEXT, RespondConfig, join_responses, respond
 from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artifact
@@ -98,7 +99,7 @@ class Method:
         return RunModels(base, base, base, base, base, writer, generated_pairs=self.generated_pairs, **judges)
 
     def demonstrations(self, models: RunModels) -> Artifact:
-        """Return the IFT and EFT demonstrations. The SFT baseline writes the EFT part if `eft_source=baseline`."""
+        """Return the IFT and EFT demonstrations. The SFT baseline writes the EFT part if `eft_source` asks for it."""
         if not makes_baseline(self.config):
             return self.inputs.seed_data
         baseline = replace(models, current=self.supervise(BASELINE, models, self.inputs.ift()))
@@ -106,7 +107,8 @@ class Method:
         seeds = self.config.data.seed_data
         if seeds.eft_source == EFTSource.human:
             return self.inputs.seed_data
-        questions = self.inputs.eft_questions()
+        synthetic = seeds.eft_source == EFTSource.synthetic
+        questions = self._synthetic_questions(baseline.current) if synthetic else self.inputs.eft_questions()
         return self.run.make(
             Label.input("eft", "demonstrations"),
             evaluation_fine_tuning,
@@ -117,6 +119,31 @@ class Method:
             judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, questions, questions),
             max_score_imbalance=seeds.max_score_imbalance,
         )
+
+    def _synthetic_questions(self, baseline: Artifact) -> Artifact:
+        """Rank demonstrations above the SFT baseline's answers to distorted instructions (arXiv 2408.02666)."""
+        config, seeds = self.config.data.distortion, self.inputs.seed_data
+        label, writer = Label.input("eft", "instructions"), {"policy": baseline, "engine": self.config.engine}
+        distorted = self.run.make(
+            label,
+            distorted_instructions,
+            config=config,
+            seeds=seeds,
+            held_out=self.inputs.held_out,
+            seed=self._seed(label),
+            **writer,
+        )
+        label = label.sibling("responses")
+        responses = self.run.make(
+            label,
+            respond,
+            config=RespondConfig(candidates=1, sampling=config.answer_sampling),
+            instructions=distorted,
+            seed=self._seed(label),
+            **writer,
+        )
+        label = label.sibling("questions")
+        return self.run.make(label, distorted_questions, seeds=seeds, instructions=distorted, responses=responses)
 
     def supervise(self, name: str, models: RunModels, demonstrations: Artifact) -> Artifact:
         """Fine-tune the current model on demonstrations; without demonstrations, return it unchanged."""

@@ -84,11 +84,15 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
         writers["data.respond"] = data.respond
         if not data.instruct.source and not data.instruct.fixed_writer:
             writers["data.instruct"] = data.instruct
+    if data.seed_data.eft_source == EFTSource.synthetic:
+        writers["data.distortion"] = data.distortion
     if config.evaluate.instructions:
         writers["evaluate"] = config.evaluate
     if selection.interval_steps:
         writers["train.checkpoint_selection"] = selection
     samplings: dict[str, Sampling] = {f"{key}.sampling": writer.sampling for key, writer in writers.items()}
+    if "data.distortion" in writers:
+        samplings["data.distortion.answer_sampling"] = data.distortion.answer_sampling
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
             samplings[f"benchmark.{name}"] = benchmark.sampling(0.0)
@@ -110,7 +114,7 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInpu
                 f"{key}.prompt takes {prompt} tokens before any response, and the judge writes up to {written} more: "
                 f"over the model's context of {context} tokens. Shorten the prompt"
             )
-        uses_eft = key == "judge" and seeds.ranked and seeds.eft_source != EFTSource.none
+        uses_eft = key == "judge" and seeds.teaches_judging
         if uses_eft and prompt >= (longest := config.train.sft.max_length):
             yield (
                 f"judge.prompt takes {prompt} tokens before any response, so no EFT example fits into "

@@ -29,11 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 class EFTSource(StrEnum):
-    """The author of the EFT examples: none, humans (through their scores or ranks), or the SFT baseline."""
+    """The author of the EFT examples: none, humans (through their scores or ranks), or the SFT baseline.
+
+    What the baseline judges was ranked by humans, or is synthetic: demonstrations beside worse answers of its own.
+    """
 
     none = "none"
     human = "human"
     baseline = "baseline"
+    synthetic = "synthetic"
+
+    @property
+    def by_baseline(self) -> bool:
+        """Whether the SFT baseline writes the examples."""
+        return self in (EFTSource.baseline, EFTSource.synthetic)
 
 
 class AssistantTurns(StrEnum):
@@ -57,6 +66,8 @@ class SeedDataConfig:
         eft_source: the author of the EFT examples. "none": there are none, and M1 is the paper's SFT baseline.
             "human": targets come from human scores or ranks, which small models need. "baseline": the SFT baseline
             writes justifications and scores, and those in the humans' order are kept (arXiv 2401.10020, section 3.1).
+            "synthetic": it judges demonstrations beside worse answers, which `data.distortion` makes of them (arXiv
+            2408.02666), and `ranked` only serves to measure judging.
         max_score_imbalance: for EFT examples by the baseline, the largest ratio of the examples with the most common
             score to those with the second most common score. The paper drops "part" of the former.
         assistant_turns: the turns of a demonstration with several turns that are taught. "last": the last one; those
@@ -85,11 +96,21 @@ class SeedDataConfig:
             raise SelfalignError(
                 f"data.seed_data.max_score_imbalance must be 1 or more, got {self.max_score_imbalance}"
             )
+        if self.eft_source == EFTSource.synthetic and not self.demonstrations:
+            raise SelfalignError(
+                "data.seed_data.eft_source=synthetic needs data.seed_data.demonstrations, which the worse answers are "
+                "made of: set it"
+            )
         if self.eft_source == EFTSource.baseline and not (self.demonstrations and self.ranked):
             raise SelfalignError(
                 "data.seed_data.eft_source=baseline needs data.seed_data.demonstrations to train the baseline, "
                 "and data.seed_data.ranked for it to judge"
             )
+
+    @property
+    def teaches_judging(self) -> bool:
+        """Whether M1 is trained on EFT examples."""
+        return self.eft_source == EFTSource.synthetic or bool(self.ranked and self.eft_source != EFTSource.none)
 
 
 def size(*, config: SeedDataConfig, **others: object) -> Size:
