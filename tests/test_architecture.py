@@ -340,7 +340,7 @@ RANGES = [
     ("loss.lam_warmup=2", "loss.lam_warmup"),
     ("loss.refinement.normalise=std", "loss.refinement.normalise"),
     ("loss=sppo", "judge.max_score"),
-    ("loss=sppo judge=implicit", "loss SPPO"),
+    ("loss=sppo judge=implicit data.seed_data.eft_source=none", "judge"),
     ("loss=alpha_dpo train.align.batch_size=1", "train.align.batch_size"),
     ("loss.refinement.scale=0", "loss.refinement.scale"),
     ("loss=ipo loss.reduction=max", "loss.reduction"),

@@ -19,8 +19,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.panel import Panel, judges_in
-from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
-from selfalign.losses.protocol import Offset, ScheduledLoss, refinement_of
+from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, other_scale
+from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
@@ -69,6 +69,8 @@ def check_experiment(config: ExperimentConfig) -> None:
 def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
     """Check that EFT and the SFT baseline have the data and the judge that they need."""
     seeds = config.data.seed_data
+    if config.evaluate.sft_baseline and not seeds.fine_tune:
+        raise SelfalignError("evaluate.sft_baseline=true trains the SFT baseline: set data.seed_data.fine_tune=true")
     if config.evaluate.sft_baseline and not (seeds.demonstrations and seeds.ranked):
         raise SelfalignError(
             "evaluate.sft_baseline=true needs data.seed_data.demonstrations to train the SFT baseline, and "
@@ -91,6 +93,25 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
     if isinstance(config.data, SelfRewarding):
         config.data.replay.check_iterations(config.iterations)
+    if isinstance(config.pair, PairRule) and config.pair.consistency != "none":
+        if not isinstance(config.loss, SmoothedLoss):
+            raise SelfalignError(
+                f"pair.consistency={config.pair.consistency} gives pairs a label smoothing, which {config.loss.title} "
+                "has no use for: choose loss=dpo or loss=sr_dpo"
+            )
+        if not asks_a_policy(config.judge) or config.judge.model not in OWN_MODELS:
+            raise SelfalignError(
+                f"pair.consistency={config.pair.consistency} compares the judging of two models of the run: choose a "
+                "judge that is one, such as judge=expected_score judge.model=self"
+            )
+        if isinstance(config.judge, ImplicitReward):
+            raise SelfalignError(
+                "pair.consistency cannot be used with judge=implicit: M0 has no reference policy. Choose another judge"
+            )
+        if config.judge.model == config.pair.consistent_with:
+            raise SelfalignError(
+                f"pair.consistent_with={config.pair.consistent_with} and judge.model are the same judge: choose another"
+            )
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
@@ -312,7 +333,8 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         unread = rf"train\.align(?!\.({read})$)" if asked.preference_pairs.source else r"train\.align"
         yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes with train.sft and aligns nothing"
     elif not config.trains_m1:
-        yield r"train\.sft", "there are no demonstrations, so M1 is M0"
+        why = "there are no demonstrations" if config.data.seed_data.fine_tune else "data.seed_data.fine_tune=false"
+        yield r"train\.sft", f"{why}, so M1 is M0"
     if not train.checkpoint_selection.interval_steps:
         yield (
             r"train\.checkpoint_selection(?!\.(interval_steps|instructions)$)",
@@ -469,8 +491,8 @@ def _check_scores(config: ExperimentConfig) -> None:
     if low is None or high is None:
         if config.loss.offset is Offset.win_shares:
             raise SelfalignError(
-                f"the loss {config.loss.title} needs shares of wins, but the scores of {type(judge).__name__} have no "
-                "ends: choose judge=pairwise with judge.max_score=1"
+                f"judge: the loss {config.loss.title} needs shares of wins from 0 to 1, but the scores of "
+                f"{type(judge).__name__} have no ends: choose judge=pairwise with judge.max_score=1"
             )
         return
     if isinstance(rule, PositivesOnly) and rule.minimum_score > high:

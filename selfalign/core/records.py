@@ -257,7 +257,7 @@ class PreferencePair:
     are those before it, of which the first is the assistant's; `chosen_calls` are the tool calls of the last answer.
     So with `rejected_turns` and `rejected_calls`.
 
-    `label_smoothing` is ε of this pair, from 0 to below 1: how likely it is in the wrong order. Where it is not given,
+    `label_smoothing` is ε of this pair, from 0 to 1: how likely it is in the wrong order. Where it is not given,
     the record's line has no such field, and the loss has its own ε.
     """
 
@@ -284,8 +284,8 @@ class PreferencePair:
     label_smoothing: float | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        if self.label_smoothing is not msgspec.UNSET and not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"pair {self.id}: label_smoothing must be from 0 to below 1, got {self.label_smoothing}")
+        if self.label_smoothing is not msgspec.UNSET and not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"pair {self.id}: label_smoothing must be from 0 to 1, got {self.label_smoothing}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

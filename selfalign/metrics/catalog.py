@@ -228,6 +228,9 @@ JUDGE_TIED_SHARE = Metric("judge/tie_rate", "share of instructions with several 
     "share", better="lower", title="tied")
 JUDGE_CONSTANT = Metric("judge/constant",
     "1 if the judge's scores are nearly constant (`judge.degeneracy`), else 0", "flag", better="lower")
+CONSISTENCY = Metric("consistency",
+    "share of two responses that the judge and a second one (`pair.consistent_with`) order alike, ties counting half",
+    "share", better="higher", title="consistency")
 JUDGE_DISAGREEMENT = Metric("judge/disagreement",
     "share of two responses that two judges of a panel rank in opposite orders, of those that both rank",
     "share", better="lower", title="judges disagree")

@@ -63,7 +63,8 @@ def _lengths(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Ite
 def _used_lengths(config: ExperimentConfig, inputs: RunInputs) -> dict[str, int]:
     """Return {setting: longest sequence in tokens} of the training stages of the run."""
     pairwise = config.loss.pairwise
-    has_sft = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"] or not pairwise
+    taught = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"]
+    has_sft = (config.data.seed_data.fine_tune and taught) or not pairwise
     used = {"sft": has_sft, "align": pairwise}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
@@ -123,15 +124,31 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInpu
 
 
 def _augmentation(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that p leaves a part of the context for x and a response."""
+    """Check that p leaves a part of the context for x and a response, and that prompts have the turns that it needs."""
     p = augmentation_of(config.loss)
     if p is None:
         return
     tokenizer, context = PolicyCheckpoint(base.path).load_tokenizer(), base.counts["context"]
-    if (length := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
+    for key, one in (("prompt", p.text(tokenizer)), ("negative_prompt", p.negative())):
+        if one is not None and (length := len(plain_ids(tokenizer, one.text))) >= context:
+            yield (
+                f"loss.refinement.{key} takes {length} tokens, so no pair fits after it into the model's context of "
+                f"{context} tokens: shorten it"
+            )
+    if p.place not in ("system", "after"):
+        return
+    if p.place == "system" and base.counts["chat_template"] and not base.counts["system_turns"]:
         yield (
-            f"loss.refinement.prompt takes {length} tokens, so no pair fits after it into the model's context of "
-            f"{context} tokens: shorten it"
+            "loss.refinement.place=system, but the model's chat template accepts no system turn: set another place, or "
+            "give another template with model.chat_template=FILE"
+        )
+    if inputs.pairs is None:
+        return
+    pairs = stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair)
+    if text := next((pair.id for pair in pairs if isinstance(pair.prompt, str)), None):
+        yield (
+            f"record {text}: loss.refinement.place={p.place} needs a prompt of turns, but the prompt is a text: set it "
+            "to dialogue"
         )
 
 

@@ -12,7 +12,7 @@ PREFIX = re.compile(r"(iteration(?=_\d+$)|evaluation)_(.+)")
 MODEL = re.compile(r"M(\d+)")
 COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
-JUDGED = ("judgements", "scores", "ranked_scores")
+JUDGED = ("judgements", "second_judgements", "scores", "ranked_scores")
 WRITTEN = ("instructions", "responses", "answers")
 INPUTS = {"seeds", "questions", "given_outputs", "validation", "instructions", "ranked", "ift", "eft", "preferences"}
 INPUTS |= {"replay", "writer", "judge", "judges", "comparator", "checkpoint_judge"}
@@ -171,7 +171,7 @@ class Label:
             return f"{BASELINE}/"
         if self.owner in ("preferences", "replay"):  # Of all models, not of iteration 0.
             return f"{self}/"
-        if self.part.startswith(AHEAD) or "_by_" in self.part:
+        if self.part.startswith((AHEAD, "second_")) or "_by_" in self.part:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 

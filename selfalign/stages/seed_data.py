@@ -73,6 +73,8 @@ class SeedDataConfig:
         assistant_turns: the turns of a demonstration with several turns that are taught. "last": the last one; those
             before it are its prompt. "all": each of the assistant's, except for those that the data mark as not to be
             trained on.
+        fine_tune: whether M0 is fine-tuned on these data to M1. If false, M1 is M0, and demonstrations are examples of
+            instructions, or answers to train against.
     """
 
     demonstrations: Any = "shipped:ift"
@@ -83,6 +85,7 @@ class SeedDataConfig:
     eft_source: EFTSource = EFTSource.human
     max_score_imbalance: float = 1.0
     assistant_turns: AssistantTurns = field(default=AssistantTurns.last, metadata={"keyed": "if set"})
+    fine_tune: bool = field(default=True, metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         self.demonstrations = data_source(self.demonstrations, "data.seed_data.demonstrations")
@@ -100,6 +103,11 @@ class SeedDataConfig:
             raise SelfalignError(
                 "data.seed_data.eft_source=synthetic needs data.seed_data.demonstrations, which the worse answers are "
                 "made of: set it"
+            )
+        if not self.fine_tune and self.teaches_judging:
+            raise SelfalignError(
+                f"data.seed_data.eft_source={self.eft_source} teaches judging, and data.seed_data.fine_tune=false "
+                "teaches nothing: set data.seed_data.eft_source=none"
             )
         if self.eft_source == EFTSource.baseline and not (self.demonstrations and self.ranked):
             raise SelfalignError(
