@@ -119,6 +119,21 @@ OUT_OF_REACH = {
         "data.replay.share=[0.5,1]",
         "data.replay.share must be a number from 0 to below 1, or a list of them, got [0.5, 1]",
     ),
+    "synthetic ranks for a judge that writes nothing": (
+        "data.seed_data.eft_source=synthetic",
+        "data.seed_data.eft_source=synthetic needs a judge that writes justifications: choose judge=additive or "
+        "judge=multiple_choice",
+    ),
+    "synthetic ranks of no demonstrations": (
+        "judge=additive data.seed_data.eft_source=synthetic data.seed_data.demonstrations=''",
+        "data.seed_data.eft_source=synthetic needs data.seed_data.demonstrations, which the worse answers are made of: "
+        "set it",
+    ),
+    "synthetic ranks that teach nobody": (
+        "judge=additive data.seed_data.eft_source=synthetic data.seed_data.fine_tune=false",
+        "data.seed_data.eft_source=synthetic teaches judging, and data.seed_data.fine_tune=false teaches nothing: set "
+        "data.seed_data.eft_source=none",
+    ),
     "all own pairs held out": (
         "train.validation_pairs=6",
         f"train.validation_pairs=6, but {LOOP} gives 6 pairs an iteration at most, which leaves none to train on: "
@@ -264,7 +279,16 @@ IDLE = {
     ),
     "balance of human scores": (
         "data.seed_data.max_score_imbalance=2", ["data.seed_data.max_score_imbalance=2"],
-        "only data.seed_data.eft_source=baseline balances the scores of EFT examples",
+        "only data.seed_data.eft_source=baseline or synthetic balances the scores of EFT examples",
+    ),
+    "distortion of nothing": (
+        "data.distortion.count=9", ["data.distortion.count=9"],
+        "only data.seed_data.eft_source=synthetic distorts instructions",
+    ),
+    "share of no questions, beside balanced scores of synthetic ones": (
+        "judge=additive data.seed_data.eft_source=synthetic data.seed_data.ranked='' data.distortion.count=9 "
+        "data.seed_data.max_score_imbalance=2 data.seed_data.held_out_share=0.5",
+        ["data.seed_data.held_out_share=0.5"], "data.seed_data.ranked is empty",
     ),
     "prompt of a refinement without one": (
         "loss=sr_dpo loss.refinement.source=naive loss.refinement.prompt=Go", ["loss.refinement.prompt=Go"],
@@ -574,6 +598,13 @@ BEYOND_CONTEXT = {
     "examples of judging": (
         "train.sft.max_length=60",
         "so no EFT example fits into train.sft.max_length=60: raise it or shorten the prompt",
+    ),
+    "answers to distorted instructions": (
+        "judge=additive judge.prompt='{instruction} {response} Score:' judge.sampling.max_new_tokens=9 "
+        "data.seed_data.eft_source=synthetic data.distortion.answer_sampling.max_new_tokens=512 "
+        "data.distortion.sampling.max_new_tokens=9",
+        "data.distortion.answer_sampling.max_new_tokens=512 leaves no token of the model's context of 512 for a "
+        "prompt: lower it",
     ),
     "p": (
         f"loss.refinement.prompt={'Answer_well.' * 200}",
