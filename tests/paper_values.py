@@ -285,6 +285,7 @@ TECHNICAL = (
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
     *words("model.system_prompt data.seed_data.assistant_turns"),
+    *words("data.replay.* data.distortion.*"),
     *words("at data.respond.writers data.seed_data.fine_tune data.meta_judge pair.consistency pair.consistent_with"),
 )
 """Where and how fast it runs, what is only warned of, where it is logged, and what these studies do not have: thoughts,

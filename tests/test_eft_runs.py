@@ -13,7 +13,7 @@ from declared import declaration
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import Demonstration, Judgement, RankedAnswers
+from selfalign.core.records import Demonstration, Judgement, RankedAnswers, Response
 from selfalign.launch.experiment import look_ahead
 from selfalign.runs.reader import Finished
 from selfalign.stages.judge import parse_score
@@ -102,6 +102,46 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """EFT from human ranks, the baseline's judging measured on request."""
     more = ["judge=expected_score", f"judge.prompt='{RUBRIC}'", "evaluate.sft_baseline=true", "train.sft.epochs=2"]
     return made(tmp_path_factory.mktemp("given"), *more)
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """EFT written by the baseline about its own worse answers; nobody has ranked any."""
+    lengths = ["data.distortion.sampling.max_new_tokens=24", "data.distortion.answer_sampling.max_new_tokens=24"]
+    chance = ["data.distortion.sampling.temperature=1", "data.distortion.answer_sampling.temperature=1"]
+    of_nobody = ["data.seed_data.eft_source=synthetic", "data.seed_data.ranked=''"]
+    return made(tmp_path_factory.mktemp("synthetic"), *WRITTEN, *of_nobody, *lengths, *chance)
+
+
+def test_baseline_that_nobody_has_ranked_answers_for_teaches_judging(synthetic: Study) -> None:
+    assert planned(synthetic.config) == synthetic.labels
+    assert [label for label in synthetic.labels if label.startswith(("SFT", "eft/", "M"))] == [
+        "M0", "SFT", "eft/instructions", "eft/responses", "eft/questions", "eft/judgements", "eft/demonstrations",
+        "M1", "M2",
+    ]  # fmt: skip
+    weights = read_json(synthetic.folder / "provenance.json")["weights"]
+    taught = {d.id: d for d in synthetic.records("seeds", "demonstrations", Demonstration)}
+    worse = {r.instruction_id: r for r in synthetic.records("eft/responses", "responses", Response)}
+    assert {one.model for one in worse.values()} == {weights["SFT"]}
+    questions = {q.id: q for q in synthetic.records("eft/questions", "ranked", RankedAnswers)}
+    for name, question in questions.items():
+        assert taught[name].prompt == question.prompt
+        assert question.texts == [taught[name].response, worse[name].text]
+        assert question.ranks == [1, 2]
+    scores: dict[str, dict[str, float | None]] = {}
+    for example in synthetic.records("eft/demonstrations", "demonstrations", Demonstration):
+        if example.source == "eft":
+            number = example.id.rsplit("-", 1)[1]
+            scores.setdefault(example.question, {})[number] = parse_score(example.response, 0, 5).score
+    assert scores
+    assert all(of["1"] > of["2"] for of in scores.values() if len(of) == 2)
+    counts = {part: synthetic.manifest(f"eft/{part}")["counts"] for part in ("instructions", "responses", "questions")}
+    assert counts["instructions"]["written"] == len(taught) == 24
+    kept = counts["instructions"]["kept"]
+    assert kept == counts["responses"]["responses"] == 24 - sum(counts["instructions"]["dropped"].values())
+    assert counts["questions"]["questions"] == len(questions) == kept - sum(counts["questions"]["dropped"].values())
+    inputs = synthetic.manifest("M1")["inputs"]["demonstrations"]
+    assert inputs["digest"] == synthetic.manifest("eft/demonstrations")["digest"]
 
 
 def test_planned_stages_are_those_that_are_made_in_their_order(written: Study, given: Study) -> None:

@@ -111,6 +111,29 @@ OUT_OF_REACH = {
         "judge=additive judge.num_samples=2 judge.min_valid_samples=3",
         "judge.min_valid_samples must lie between 1 and judge.num_samples=2, got 3",
     ),
+    "a share for another number of iterations": (
+        "data.replay.source=pairs.jsonl data.replay.share=[0.5]",
+        "data.replay.share has 1 values for iterations=2: give one for each iteration, or a single number",
+    ),
+    "nothing but replayed pairs": (
+        "data.replay.share=[0.5,1]",
+        "data.replay.share must be a number from 0 to below 1, or a list of them, got [0.5, 1]",
+    ),
+    "synthetic ranks for a judge that writes nothing": (
+        "data.seed_data.eft_source=synthetic",
+        "data.seed_data.eft_source=synthetic needs a judge that writes justifications: choose judge=additive or "
+        "judge=multiple_choice",
+    ),
+    "synthetic ranks of no demonstrations": (
+        "judge=additive data.seed_data.eft_source=synthetic data.seed_data.demonstrations=''",
+        "data.seed_data.eft_source=synthetic needs data.seed_data.demonstrations, which the worse answers are made of: "
+        "set it",
+    ),
+    "synthetic ranks that teach nobody": (
+        "judge=additive data.seed_data.eft_source=synthetic data.seed_data.fine_tune=false",
+        "data.seed_data.eft_source=synthetic teaches judging, and data.seed_data.fine_tune=false teaches nothing: set "
+        "data.seed_data.eft_source=none",
+    ),
     "all own pairs held out": (
         "train.validation_pairs=6",
         f"train.validation_pairs=6, but {LOOP} gives 6 pairs an iteration at most, which leaves none to train on: "
@@ -226,6 +249,10 @@ NO_EFFECT = {
         "loss=positives pair=positives train.reference_policy=base",
         "train.reference_policy=base would have no effect",
     ),
+    "replayed pairs of no alignment": (
+        "loss=positives pair=positives data.replay.source=pairs.jsonl",
+        "data.replay.source=pairs.jsonl would have no effect: loss=positives fine-tunes with train.sft",
+    ),
     "an adapter's layers without an adapter": (
         "model.lora.targets=q_proj model.lora.alpha=64",
         "model.lora.alpha=64.0 would have no effect: model.lora.rank=0 trains all weights; set a rank",
@@ -280,13 +307,25 @@ IDLE = {
         "data.instruct.source=a.jsonl data.instruct.max_rouge_l=0.5 data.instruct.sampling.temperature=1",
         ["data.instruct.sampling.temperature=1"], "data.instruct.source gives the instructions, so none are generated",
     ),
+    "share of no replayed pairs": (
+        "data.replay.share=0.2", ["data.replay.share=0.2"], "data.replay.source is empty",
+    ),
     "share of no questions": (
         "data.seed_data.ranked='' data.seed_data.held_out_share=0.5", ["data.seed_data.held_out_share=0.5"],
         "data.seed_data.ranked is empty",
     ),
     "balance of human scores": (
         "data.seed_data.max_score_imbalance=2", ["data.seed_data.max_score_imbalance=2"],
-        "only data.seed_data.eft_source=baseline balances the scores of EFT examples",
+        "only data.seed_data.eft_source=baseline or synthetic balances the scores of EFT examples",
+    ),
+    "distortion of nothing": (
+        "data.distortion.count=9", ["data.distortion.count=9"],
+        "only data.seed_data.eft_source=synthetic distorts instructions",
+    ),
+    "share of no questions, beside balanced scores of synthetic ones": (
+        "judge=additive data.seed_data.eft_source=synthetic data.seed_data.ranked='' data.distortion.count=9 "
+        "data.seed_data.max_score_imbalance=2 data.seed_data.held_out_share=0.5",
+        ["data.seed_data.held_out_share=0.5"], "data.seed_data.ranked is empty",
     ),
     "prompt of a refinement without one": (
         "loss=sr_dpo loss.refinement.source=naive loss.refinement.prompt=Go", ["loss.refinement.prompt=Go"],
@@ -547,6 +586,7 @@ def test_count_that_the_data_do_not_reach_is_refused_before_a_model_is_fetched(
         "evaluate.instructions",
         "train.checkpoint_selection.instructions",
         "data.instruct.source",
+        "data.replay.source",
         "evaluate.preference_pairs.source",
     ],
 )
@@ -596,6 +636,13 @@ BEYOND_CONTEXT = {
         "train.sft.max_length=60",
         "so no EFT example fits into train.sft.max_length=60: raise it or shorten the prompt",
     ),
+    "answers to distorted instructions": (
+        "judge=additive judge.prompt='{instruction} {response} Score:' judge.sampling.max_new_tokens=9 "
+        "data.seed_data.eft_source=synthetic data.distortion.answer_sampling.max_new_tokens=512 "
+        "data.distortion.sampling.max_new_tokens=9",
+        "data.distortion.answer_sampling.max_new_tokens=512 leaves no token of the model's context of 512 for a "
+        "prompt: lower it",
+    ),
     "p": (
         f"loss.refinement.prompt={'Answer_well.' * 200}",
         "so no pair fits after it into the model's context of 512 tokens: shorten it",
@@ -615,7 +662,7 @@ def check(small: Artifact, *overrides: str) -> None:
     config = composed(SMOKE, *SHORT, *overrides)[0]
     taught = int(bool(config.data.seed_data.demonstrations))
     seeds = replace(small, counts={"ift": taught, "eft": 0})
-    given: Any = SimpleNamespace(seed_data=seeds, pairs=None, preferences=None)
+    given: Any = SimpleNamespace(seed_data=seeds, pairs=None, replay=None, preferences=None)
     check_requirements(config, small, given)
 
 

@@ -14,6 +14,7 @@ from builders import ROOT, TINY_RUN, composed, metrics, planned, record_files, r
 from declared import declaration, named_by_producers
 from msgspec import UNSET
 
+from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_records
@@ -27,6 +28,7 @@ from selfalign.core.records import (
     Response,
     ResponseScore,
 )
+from selfalign.launch.evaluate import evaluate_models
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import fault_counts
@@ -334,6 +336,8 @@ WAYS = {
                     "judge.sampling.max_new_tokens=12", "judge.max_failure_rate=1", "train.sft.epochs=20"],
     "changes": ["+judge@at.2.judge=expected_score", "at.2.judge.model=random:tiny", "+loss@at.2.loss=ipo",
                 "+at.2.writers=[self,sft]", "+pair@at.2.pair=random"],
+    "replay": ["data.replay.source={data}/ranked.jsonl", "data.replay.share=[0.4,0.25]", "data.accumulate_pairs=true",
+               "train.validation_pairs=1", "loss=dpo"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
 }  # fmt: skip
 
@@ -343,8 +347,9 @@ def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way
     overrides = [
         o for o in study.overrides if "evaluate=none" not in WAYS[way] or not o.startswith("evaluate.instructions")
     ]
-    folder = run(study.output, *overrides, *WAYS[way])
-    config, *_ = composed(*overrides, *WAYS[way])
+    overrides += [one.replace("{data}", str(study.output.parent / "data")) for one in WAYS[way]]
+    folder = run(study.output, *overrides)
+    config, *_ = composed(*overrides)
     assert planned(config) == labels(folder)
     check = globals().get(f"check_{way}")
     if check is not None:
@@ -596,6 +601,34 @@ def check_changes(folder: Path) -> None:
     assert digest_in(folder, "evaluation_M3/scores", "policy") == m1
     writers = [{r.writer for r in records(folder, f"iteration_{n}/responses", "responses", Response)} for n in (1, 2)]
     assert writers == [{UNSET}, {"self", "sft"}]
+
+
+def check_replay(folder: Path) -> None:
+    """The pair of the held-out question is left out; .4 and .25 of all are drawn from the other three."""
+    given = {p.id: p for p in records(folder, "replay/pairs", "pairs", PreferencePair)}
+    assert manifest(folder, "replay/pairs")["counts"]["dropped"] == {"held_out": 1}
+    own: list[str] = []
+    for iteration, odds in ((1, 2 / 3), (2, 1 / 3)):
+        place = f"iteration_{iteration}"
+        own += [p.id for p in records(folder, f"{place}/pairs", "pairs", PreferencePair)]
+        drawn = [p.id for p in records(folder, f"{place}/replayed_pairs", "pairs", PreferencePair)]
+        assert len(drawn) == round(odds * len(own)) >= 1
+        assert set(drawn) <= given.keys()
+        mixed = records(folder, f"{place}/all_pairs", "pairs", PreferencePair)
+        assert [p.id for p in mixed] == [*own, *drawn]
+        assert digest_in(folder, f"M{iteration + 1}", "pairs") == manifest(folder, f"{place}/all_pairs")["digest"]
+    known = [one["digest"] for one in manifest(folder, "M3")["inputs"]["trained_on"]]
+    parts = ("seeds", "iteration_1/pairs", "iteration_1/replayed_pairs")
+    assert known == [manifest(folder, part)["digest"] for part in parts]
+    source = folder.parent / "measured.jsonl"
+    source.write_text('{"prompt": "Which way is up?", "chosen": "Over your head.", "rejected": "Down there."}')
+    measured = evaluate_models(
+        [str(folder)], ["evaluate=none", f"evaluate.preference_pairs.source={source}"], conf_folder()
+    )
+    for model, iterations in (("M2", [1]), ("M3", [1, 2])):
+        known = [one["digest"] for one in manifest(measured, f"evaluation_{model}/preferences")["inputs"]["trained_on"]]
+        parts = [f"iteration_{n}/{part}" for part in ("replayed_pairs", "pairs") for n in iterations]
+        assert known == [manifest(folder, part)["digest"] for part in ("seeds", "replay/pairs", *parts)]
 
 
 def check_adapters(folder: Path) -> None:

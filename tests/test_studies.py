@@ -30,7 +30,7 @@ from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seed_data import EFTSource
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-RECIPES = ["spin", "temporal", "cream", "meta_rewarding"]
+RECIPES = ["spin", "temporal", "cream", "meta_rewarding", "self_taught", "dice", "iterative_rpo", "rubric_self_reward"]
 """Loops that came after the two papers."""
 
 SMALL = [name for name in STUDIES if name.endswith("_small") and name.removesuffix("_small") not in RECIPES]

@@ -79,9 +79,9 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
             "evaluate.sft_baseline=true needs data.seed_data.demonstrations to train the SFT baseline, and "
             "data.seed_data.ranked to measure it"
         )
-    if seeds.eft_source == EFTSource.baseline and not isinstance(config.judge, SampledScore):
+    if seeds.eft_source.by_baseline and not isinstance(config.judge, SampledScore):
         raise SelfalignError(
-            "data.seed_data.eft_source=baseline needs a judge that writes justifications: choose "
+            f"data.seed_data.eft_source={seeds.eft_source} needs a judge that writes justifications: choose "
             "judge=additive or judge=multiple_choice"
         )
 
@@ -94,6 +94,8 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         config.loss.check_iterations(config.iterations)
     if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    if isinstance(config.data, SelfRewarding):
+        config.data.replay.check_iterations(config.iterations)
     if isinstance(config.pair, PairRule) and config.pair.consistency != "none":
         if not isinstance(config.loss, SmoothedLoss):
             raise SelfalignError(
@@ -272,6 +274,7 @@ def check_counts(config: ExperimentConfig) -> None:
         most = data.instruct.count * rule.wanted(data.respond.most_candidates)
         if rule.minimum_pairs > most:
             raise SelfalignError(f"pair.minimum_pairs={rule.minimum_pairs}, but {_sizes(data)} gives {most} at most")
+        most = math.ceil(most / (1 - data.replay.largest_share))
         if held_out >= most:
             raise SelfalignError(
                 f"train.validation_pairs={held_out}, but {_sizes(data)} gives {most} pairs an iteration at most, which "
@@ -320,6 +323,8 @@ def check_effects(config: ExperimentConfig) -> None:
             "train.checkpoint_selection.interval_steps": (train.checkpoint_selection.interval_steps, 0),
             "train.reference_policy": (train.reference_policy, "previous"),
         }
+        if isinstance(config.data, SelfRewarding):
+            unused["data.replay.source"] = (config.data.replay.source, "")
         for key, (value, default) in unused.items():
             if value != default:
                 raise SelfalignError(
@@ -432,13 +437,18 @@ def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     if isinstance(data, SelfRewarding) and data.instruct.source:
         writing = "prompt|sampling|seed_examples|generated_examples|prompts_per_batch|max_batches"
         yield rf"data\.instruct\.({writing})", "data.instruct.source gives the instructions, so none are generated"
+    if isinstance(data, SelfRewarding) and not data.replay.source:
+        yield r"data\.replay\.share", "data.replay.source is empty"
     if not seeds.demonstrations:
         yield r"data\.seed_data\.(max_demonstrations|assistant_turns)", "data.seed_data.demonstrations is empty"
+    synthetic = seeds.eft_source == EFTSource.synthetic
+    if not synthetic:
+        yield r"data\.distortion", "only data.seed_data.eft_source=synthetic distorts instructions"
     if not seeds.ranked:
-        ranked = "max_ranked|held_out_share|eft_source|max_score_imbalance"
+        ranked = "max_ranked|held_out_share" + "|eft_source|max_score_imbalance" * (not synthetic)
         yield rf"data\.seed_data\.({ranked})", "data.seed_data.ranked is empty"
-    elif seeds.eft_source != EFTSource.baseline:
-        why = "only data.seed_data.eft_source=baseline balances the scores of EFT examples"
+    elif not seeds.eft_source.by_baseline:
+        why = "only data.seed_data.eft_source=baseline or synthetic balances the scores of EFT examples"
         yield r"data\.seed_data\.max_score_imbalance", why
 
 
@@ -599,7 +609,7 @@ def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> No
     limit = (config.train.align if pairwise else config.train.sft).max_length
     written = [("data.respond.sampling", data.respond.sampling, stage, limit)]
     if isinstance(judge := config.judge, SampledScore):
-        if data.seed_data.eft_source == EFTSource.baseline:
+        if data.seed_data.eft_source.by_baseline:
             written.append(("judge.sampling", judge.sampling, "train.sft", config.train.sft.max_length))
         if data.meta_judge is not None:
             written.append(("judge.sampling", judge.sampling, stage, limit))

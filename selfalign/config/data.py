@@ -5,9 +5,60 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.mixtures import data_source
+from selfalign.stages.distorted import DistortionConfig
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.respond import RespondConfig
 from selfalign.stages.seed_data import SeedDataConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class ReplayConfig:
+    """Given preference pairs that are trained on beside the generated ones, against forgetting (arXiv 2406.09760).
+
+    Attributes:
+        source: a data source of preference pairs, as `data.path` of data=pairs; empty replays none.
+        share: γ, the share of given pairs among all that an iteration trains on, at least 0 and below 1, or a list with
+            one for each iteration. They are drawn anew in each iteration, none twice. A model that is aligned ahead
+            sees none.
+    """
+
+    source: Any = ""
+    share: Any = 0.5
+
+    def __post_init__(self) -> None:
+        self.source = data_source(self.source, "data.replay.source")
+        shares = self.share if isinstance(self.share, list) else [self.share]
+        if not (shares and all(map(_is_share, shares))):
+            raise SelfalignError(
+                f"data.replay.share must be a number from 0 to below 1, or a list of them, got {self.share!r}"
+            )
+
+    def check_iterations(self, iterations: int) -> None:
+        """Check that every iteration has its share.
+
+        Raises:
+            SelfalignError: there is a list of another length.
+        """
+        if isinstance(self.share, list) and len(self.share) != iterations:
+            raise SelfalignError(
+                f"data.replay.share has {len(self.share)} values for iterations={iterations}: give one for each "
+                "iteration, or a single number"
+            )
+
+    def at(self, iteration: int) -> float:
+        """Return γ of an iteration, counted from 1; 0 without a source."""
+        share = self.share[iteration - 1] if isinstance(self.share, list) else self.share
+        return share if self.source else 0
+
+    @property
+    def largest_share(self) -> float:
+        """The largest γ of any iteration; 0 without a source."""
+        shares = self.share if isinstance(self.share, list) else [self.share]
+        return max(shares) if self.source else 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,6 +72,8 @@ class SelfRewarding:
         meta_judge: compares judgements, so that the model is aligned on pairs of them too; null makes none
             (`data/meta_judge=pairwise`).
         accumulate_pairs: align each iteration on the pairs of all iterations so far, instead of its own pairs only.
+        replay: given pairs that each iteration trains on beside its own.
+        distortion: how worse answers than the demonstrations are made, for `seed_data.eft_source=synthetic`.
         schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
@@ -29,6 +82,8 @@ class SelfRewarding:
     respond: RespondConfig = field(default_factory=RespondConfig)
     meta_judge: Any = field(default=None, metadata={"keyed": "if set"})
     accumulate_pairs: bool = False
+    replay: ReplayConfig = field(default_factory=ReplayConfig, metadata={"keyed": "if set"})
+    distortion: DistortionConfig = field(default_factory=DistortionConfig, metadata={"keyed": "if set"})
     schema: Any = None
 
 
@@ -41,12 +96,14 @@ class Pairs:
             best is paired with the worst.
         count: the number of pairs, taken from the beginning; 0 takes all.
         seed_data: the training data of M1. Without demonstrations M1 is M0, which should then be an SFT model.
+        distortion: how worse answers than the demonstrations are made, for `seed_data.eft_source=synthetic`.
         schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
     path: Any
     count: int = 0
     seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
+    distortion: DistortionConfig = field(default_factory=DistortionConfig, metadata={"keyed": "if set"})
     schema: Any = None
 
     def __post_init__(self) -> None:

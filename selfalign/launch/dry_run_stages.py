@@ -372,7 +372,8 @@ class StageEstimator:
 
     def _pairs(self, count: int) -> list[PreferencePair]:
         data = self.config.data
-        written = data.respond.sampling.longest if isinstance(data, SelfRewarding) else self.longest.max_length
+        own = isinstance(data, SelfRewarding) and not data.replay.largest_share
+        written = data.respond.sampling.longest if own else self.longest.max_length
         return self.longest.pairs(count, written)
 
     def _texts(self, ask: Callable[..., Prompt], responses: Artifact, written: int, *, server: bool) -> list[str]:

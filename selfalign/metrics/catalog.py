@@ -207,6 +207,9 @@ MEAN_LENGTH_DIFFERENCE = Metric("mean_length_difference", "mean length of chosen
 SCORE_LENGTH_CORRELATION = Metric("score_length_correlation",
     "Spearman's, of the candidates' score and tokens, mean over instructions",
     "correlation", title="candidates: score and length")
+REPLAYED_PAIRS = Metric("replayed_pairs", "given pairs that are trained on beside an iteration's own", "count")
+REPLAYED_PAIRS_MISSING = Metric("replayed_pairs_missing",
+    "given pairs that `data.replay.share` asks for beyond those that there are", "count")
 POSITIVES = Metric("positives", "responses good enough to train on", "count")
 
 # Judging

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from selfalign.config.checks import check_checkpoints
-from selfalign.config.data import Pairs, SelfRewarding
+from selfalign.config.data import Pairs, ReplayConfig, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
@@ -45,6 +45,7 @@ class RunInputs:
         validation: the instructions on which checkpoints of an alignment are compared.
         preferences: held-out preference pairs.
         pairs: given preference pairs to train on.
+        replay: given preference pairs of which each iteration draws some.
         instructions: all given instructions, if instructions are not generated.
         benchmarks: {benchmark: contents of its files}.
     """
@@ -60,6 +61,7 @@ class RunInputs:
     validation: Artifact | None = None
     preferences: Artifact | None = None
     pairs: Artifact | None = None
+    replay: Artifact | None = None
     instructions: Artifact | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class RunInputs:
             for name, settings in self.config.benchmark.items()
         }
         self.seed_data = self._make_seeds(
-            Label.input("seeds"), seed_data, data.seed_data.eft_source, judge=self.config.judge
+            Label.input("seeds"), seed_data, self._given_eft(data.seed_data.eft_source), judge=self.config.judge
         )
         self.ranked = self._held_out_questions()
         self.questions = self._read_instructions(
@@ -100,6 +102,7 @@ class RunInputs:
         if isinstance(data, Pairs):
             self.pairs = self._given_pairs(data)
         else:
+            self.replay = self._replayed(data.replay)
             source, schema = data.instruct.source, data.schema
             if source != DEMONSTRATIONS:
                 self.instructions = self._read_instructions(
@@ -123,7 +126,13 @@ class RunInputs:
     @property
     def trained_on(self) -> list[Artifact]:
         """Artifacts of the given training data."""
-        return [self.seed_data] if self.pairs is None else [self.seed_data, self.pairs]
+        artifacts = (self.seed_data, self.pairs, self.replay)
+        return [artifact for artifact in artifacts if artifact is not None]
+
+    @staticmethod
+    def _given_eft(eft_source: EFTSource) -> EFTSource:
+        """Return the source of EFT examples as far as the data give it: nobody teaches with synthetic ranks there."""
+        return EFTSource.none if eft_source == EFTSource.synthetic else eft_source
 
     def ift(self) -> Artifact:
         """Return the demonstrations without EFT."""
@@ -153,6 +162,22 @@ class RunInputs:
         if not isinstance(pairs, PlannedArtifact):
             check_checkpoints(self.config.train, pairs.counts["pairs"] - set_aside)
         return pairs
+
+    def _replayed(self, replay: ReplayConfig) -> Artifact | None:
+        """Return the given pairs of which iterations draw some; None if they draw none."""
+        if not replay.largest_share:
+            return None
+        return self.run.make(
+            Label.input("replay", "pairs"),
+            given_pairs,
+            source=replay.source,
+            count=0,
+            content=content_of(replay.source, "data.replay.source"),
+            held_out=self.held_out,
+            set_aside=0,
+            trained_on=[],
+            **self._schema,
+        )
 
     def _preference_pairs(self, test: PreferenceTest) -> Artifact:
         content: Content | str = ""
@@ -280,6 +305,9 @@ def data_sources(config: ExperimentConfig) -> dict[str, DataSource]:
         "data.instruct.source": data.instruct.source
         if isinstance(data, SelfRewarding) and data.instruct.source != DEMONSTRATIONS
         else "",
+        "data.replay.source": data.replay.source
+        if isinstance(data, SelfRewarding) and data.replay.largest_share
+        else "",
         "evaluate.instructions": evaluation.instructions,
         "evaluate.reference_outputs": evaluation.reference_outputs,
         "evaluate.preference_pairs.source": ""
@@ -301,4 +329,4 @@ def _check_count(key: str, wanted: int, found: int, records: str) -> None:
 def makes_baseline(config: ExperimentConfig) -> bool:
     """Whether an SFT baseline is trained besides M1, to write EFT examples or to compare its judging with M1's."""
     eft_source = config.data.seed_data.eft_source
-    return eft_source == EFTSource.baseline or (config.evaluate.sft_baseline and eft_source == EFTSource.human)
+    return eft_source.by_baseline or (config.evaluate.sft_baseline and eft_source == EFTSource.human)

@@ -26,12 +26,13 @@ from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
 from selfalign.stages.demonstrated import demonstrated_instructions, demonstrated_responses
+from selfalign.stages.distorted import distorted_instructions, distorted_questions
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
 from selfalign.stages.meta_judge import meta_judge
-from selfalign.stages.pair import PositivesOnly, gather_pairs, pair
+from selfalign.stages.pair import PositivesOnly, gather_pairs, pair, replay_pairs
 from selfalign.stages.reference_logprobs import reference_logprobs
-from selfalign.stages.respond import DEMONSTRATION, NEXT, join_responses, respond
+from selfalign.stages.respond import DEMONSTRATION, NEXT, RespondConfig, join_responses, respond
 from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artifact
@@ -72,6 +73,7 @@ class Method:
         inputs: the run's data.
         instructions: the new instructions of the iterations so far.
         generated_pairs: the pairs that the iterations so far generated.
+        replayed_pairs: {iteration: the given pairs that it drew}.
         sft_data: the demonstrations that M1 is trained on.
         judging: judges with the run's judge.
         evaluation: evaluates the models.
@@ -82,6 +84,7 @@ class Method:
     inputs: RunInputs
     instructions: list[Artifact] = field(default_factory=list)
     generated_pairs: list[Artifact] = field(default_factory=list)
+    replayed_pairs: dict[int, Artifact] = field(default_factory=dict)
     sft_data: Artifact = field(init=False)
     judging: RunJudge = field(init=False)
     evaluation: Evaluation = field(init=False)
@@ -99,7 +102,7 @@ class Method:
         return RunModels(base, base, base, base, base, writer, generated_pairs=self.generated_pairs, **judges)
 
     def demonstrations(self, models: RunModels) -> Artifact:
-        """Return the IFT and EFT demonstrations. The SFT baseline writes the EFT part if `eft_source=baseline`."""
+        """Return the IFT and EFT demonstrations. The SFT baseline writes the EFT part if `eft_source` asks for it."""
         if not makes_baseline(self.config):
             return self.inputs.seed_data
         baseline = replace(models, current=self.supervise(BASELINE, models, self.inputs.ift()))
@@ -107,7 +110,8 @@ class Method:
         seeds = self.config.data.seed_data
         if seeds.eft_source == EFTSource.human:
             return self.inputs.seed_data
-        questions = self.inputs.eft_questions()
+        synthetic = seeds.eft_source == EFTSource.synthetic
+        questions = self._synthetic_questions(baseline.current) if synthetic else self.inputs.eft_questions()
         return self.run.make(
             Label.input("eft", "demonstrations"),
             evaluation_fine_tuning,
@@ -118,6 +122,31 @@ class Method:
             judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, questions, questions),
             max_score_imbalance=seeds.max_score_imbalance,
         )
+
+    def _synthetic_questions(self, baseline: Artifact) -> Artifact:
+        """Rank demonstrations above the SFT baseline's answers to distorted instructions (arXiv 2408.02666)."""
+        config, seeds = self.config.data.distortion, self.inputs.seed_data
+        label, writer = Label.input("eft", "instructions"), {"policy": baseline, "engine": self.config.engine}
+        distorted = self.run.make(
+            label,
+            distorted_instructions,
+            config=config,
+            seeds=seeds,
+            held_out=self.inputs.held_out,
+            seed=self._seed(label),
+            **writer,
+        )
+        label = label.sibling("responses")
+        responses = self.run.make(
+            label,
+            respond,
+            config=RespondConfig(candidates=1, sampling=config.answer_sampling),
+            instructions=distorted,
+            seed=self._seed(label),
+            **writer,
+        )
+        label = label.sibling("questions")
+        return self.run.make(label, distorted_questions, seeds=seeds, instructions=distorted, responses=responses)
 
     def fine_tune(self, models: RunModels) -> Artifact:
         """Return M1: M0 fine-tuned on the demonstrations, or M0 itself if nothing is to be taught."""
@@ -138,14 +167,21 @@ class Method:
         )
 
     def pairs(self, iteration: int, models: RunModels) -> Artifact:
-        """Return the preference pairs of an iteration: given or generated ones, with or without earlier iterations'."""
+        """Return the preference pairs of an iteration: given or generated ones, with or without earlier iterations'.
+
+        Given pairs that are replayed stand behind the generated ones.
+        """
         if self.inputs.pairs is not None:
             return self.inputs.pairs
         self.instructions.append(self._instruct(iteration, models))
         self.generated_pairs.append(self._pair(self.config.in_iteration(iteration), iteration, models))
-        if iteration == 1 or not self.config.data.accumulate_pairs:
-            return self.generated_pairs[-1]
-        return self.run.make(Label.iteration(iteration, "all_pairs"), gather_pairs, parts=list(self.generated_pairs))
+        data, label = self.config.data, Label.iteration(iteration, "replayed_pairs")
+        parts = list(self.generated_pairs) if data.accumulate_pairs else self.generated_pairs[-1:]
+        if share := data.replay.at(iteration):
+            drawn = {"share": share, "pairs": parts, "given": self.inputs.replay, "seed": self._seed(label)}
+            self.replayed_pairs[iteration] = self.run.make(label, replay_pairs, **drawn)
+            parts.append(self.replayed_pairs[iteration])
+        return parts[0] if len(parts) == 1 else self.run.make(label.sibling("all_pairs"), gather_pairs, parts=parts)
 
     def reference(self, iteration: int, models: RunModels) -> Artifact:
         """Return the reference policy of an alignment, or the start of another fine-tuning."""
@@ -295,11 +331,16 @@ class Method:
             loss=loss,
             start=start,
             held_out=held_out,
-            trained_on=[self.inputs.seed_data, *self.generated_pairs[:-1]] if held_out else [],
+            trained_on=self._trained_on(iteration) if held_out else [],
             selection=None if ahead else self._selection(name, models),
             optimization=train.align,
             weights=self._weights(name),
         )
+
+    def _trained_on(self, iteration: int) -> list[Artifact]:
+        """Return what the current model was trained on before an iteration."""
+        replayed = [part for number, part in self.replayed_pairs.items() if number < iteration]
+        return [self.inputs.seed_data, *self.generated_pairs[:-1], *replayed]
 
     def _selection(self, name: str, models: RunModels) -> CheckpointSelection | None:
         """Return the checkpoint selection of an alignment, or None."""

@@ -87,6 +87,8 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
         writers["data.respond"] = data.respond
         if not data.instruct.source and not data.instruct.fixed_writer:
             writers["data.instruct"] = data.instruct
+    if data.seed_data.eft_source == EFTSource.synthetic:
+        writers["data.distortion"] = data.distortion
     if config.evaluate.instructions:
         writers["evaluate"] = config.evaluate
     if selection.interval_steps:
@@ -96,6 +98,8 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
         criteria = written_criteria(judge)
         if criteria is not None and (criteria.model != "judge" or judge.model in OWN_MODELS):
             samplings[f"{key}.criteria.sampling"] = criteria.sampling
+    if "data.distortion" in writers:
+        samplings["data.distortion.answer_sampling"] = data.distortion.answer_sampling
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
             samplings[f"benchmark.{name}"] = benchmark.sampling(0.0)
@@ -117,7 +121,7 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInpu
                 f"{key}.prompt takes {prompt} tokens before any response, and the judge writes up to {written} more: "
                 f"over the model's context of {context} tokens. Shorten the prompt"
             )
-        uses_eft = key == "judge" and seeds.ranked and seeds.eft_source != EFTSource.none
+        uses_eft = key == "judge" and seeds.teaches_judging
         if uses_eft and prompt >= (longest := config.train.sft.max_length):
             yield (
                 f"judge.prompt takes {prompt} tokens before any response, so no EFT example fits into "
@@ -272,11 +276,10 @@ def _thought_budgets(config: ExperimentConfig) -> dict[str, int]:
 
 def _scores(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
     """Check that the loss can train on given pairs: that they have the scores that it needs, and nothing besides."""
-    if inputs.pairs is None:
-        return
     misfits: dict[str, list[str]] = {}
-    for pair in stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair):
-        misfits.setdefault(misfit(config.loss, scores_of(pair), label_smoothing_of(pair)), []).append(pair.id)
+    for given in filter(None, (inputs.pairs, inputs.replay)):
+        for pair in stream_records(given.path / "pairs.jsonl", PreferencePair):
+            misfits.setdefault(misfit(config.loss, scores_of(pair), label_smoothing_of(pair)), []).append(pair.id)
     if message := cannot_train(config.loss, misfits):
         yield message
 
@@ -291,8 +294,8 @@ def _prompts(inputs: RunInputs) -> Iterator[tuple[str, Prompt]]:
 
 def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
     """Yield all given demonstrations and pairs, to train on or held out."""
-    kinds = ((inputs.seed_data, "demonstrations", Demonstration), (inputs.pairs, "pairs", PreferencePair))
-    for artifact, name, kind in (*kinds, (inputs.preferences, "pairs", PreferencePair)):
+    pairs = [(artifact, "pairs", PreferencePair) for artifact in (inputs.pairs, inputs.replay, inputs.preferences)]
+    for artifact, name, kind in ((inputs.seed_data, "demonstrations", Demonstration), *pairs):
         file = None if artifact is None else artifact.path / f"{name}.jsonl"
         if file is not None and file.exists() and file.stat().st_size:
             yield from stream_records(file, kind)

@@ -14,7 +14,7 @@ COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
 INPUTS = {"seeds", "questions", "given_outputs", "validation", "instructions", "ranked", "ift", "eft", "preferences"}
-INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
+INPUTS |= {"replay", "writer", "judge", "judges", "comparator", "checkpoint_judge"}
 """Names of a run's inputs."""
 
 AHEAD = "ahead_"
@@ -190,7 +190,7 @@ class Label:
         """
         if self.model_name == BASELINE:
             return f"{BASELINE}/"
-        if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
+        if self.owner in ("preferences", "replay"):  # Of all models, not of iteration 0.
             return f"{self}/"
         if self.part.startswith((AHEAD, SECOND, JUDGE_PAIRS)) or "_by_" in self.part:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"

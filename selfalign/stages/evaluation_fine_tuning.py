@@ -37,7 +37,9 @@ def evaluation_fine_tuning(
     judgements: Artifact,
     max_score_imbalance: float,
 ) -> Counts:
-    """Keep judgements that agree with the human ranks as EFT examples (arXiv 2401.10020, section 3.1).
+    """Keep judgements that agree with the ranks as EFT examples (arXiv 2401.10020, section 3.1).
+
+    The ranks are the humans', or those of `distorted_questions` (arXiv 2408.02666).
 
     A draw is one judgement of each answer to a question. A question contributes its first draw whose scores are
     strictly in the humans' order. The paper does not define ties; here a tie is a disagreement, as in judge quality.
@@ -68,7 +70,7 @@ def evaluation_fine_tuning(
     if not targets:
         raise SelfalignError(
             f"{out.label}: the SFT baseline judged none of {len(ranked)} questions in the humans' order (dropped: "
-            f"{dict(+drops)}). Raise judge.num_samples, or set data.seed_data.eft_source=human"
+            f"{dict(+drops)}). Raise judge.num_samples, or set data.seed_data.eft_source to another source"
         )
     kept = thin(targets, max_score_imbalance)
     drops["examples_of_most_common_score"] = len(targets) - len(kept)

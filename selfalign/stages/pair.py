@@ -1,6 +1,8 @@
 """pair: responses + scores → preference pairs, or positives."""
 
+import logging
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,8 @@ from selfalign.metrics.intervals import RunningMean, correlation
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, amount, records_in, stage
 from selfalign.training.splits import KnownTexts, split_pairs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -339,14 +343,14 @@ def size_of_gathered(*, parts: list[Artifact]) -> Size:
 
 @stage(size=size_of_gathered)
 def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
-    """Join the pairs or positives of several iterations, the earliest first, or pairs of responses and of judgements.
+    """Join the pairs or positives of several iterations, the earliest first, or pairs of several kinds.
 
     A record whose id an earlier part has, as rows of two given files may, is named by its content.
 
     Args:
         out: receives pairs.jsonl, or demonstrations.jsonl for positives.
-        parts: artifacts of `pair` and `meta_judge`. Before positives there may be M1's demonstrations. Only pairs of
-            judgements may be none.
+        parts: artifacts of `pair`, `meta_judge` and `replay_pairs`. Before positives there may be M1's demonstrations.
+            Only pairs of judgements may be none.
     """
     names = {"pairs": PreferencePair, "demonstrations": Demonstration}
     name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
@@ -361,6 +365,43 @@ def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
     write_records(out.path / f"{name}.jsonl", gathered())
     metric = catalog.PAIRS if name == "pairs" else catalog.DEMONSTRATIONS
     return {metric.name: count_records(out.path / f"{name}.jsonl")}
+
+
+def size_of_replayed(*, share: float, pairs: list[Artifact], **others: object) -> Size:
+    """Return the number of given pairs that are drawn if there are enough."""
+    own = sum(records_in(part, "pairs") for part in pairs)
+    count = own if math.isinf(own) else _replayed(share, own)
+    return Size(f"{amount(count)} given pairs beside {amount(own)}", {"pairs": count})
+
+
+@stage(size=size_of_replayed)
+def replay_pairs(out: StageOutput, *, share: float, pairs: list[Artifact], given: Artifact, seed: int) -> Counts:
+    """Draw given pairs to be trained on beside an iteration's own, as DICE does (arXiv 2406.09760), none twice.
+
+    Args:
+        out: receives pairs.jsonl, in the order in which they are given.
+        share: γ, the share of given pairs among all, between 0 and 1. Where there are too few, all are taken.
+        pairs: the iteration's own pairs, and those of earlier iterations that are trained on again.
+        given: pairs.jsonl to draw from.
+        seed: of the draw.
+    """
+    own, count = sum(records_in(part, "pairs") for part in pairs), records_in(given, "pairs")
+    wanted = _replayed(share, own)
+    if wanted > count:
+        logger.warning(
+            "%s: data.replay.share=%s of %d own pairs takes %d given ones, but data.replay.source has %d usable: all "
+            "are taken, a share of %.3f",
+            *(out.label, share, own, wanted, count, count / (own + count)),
+        )
+    drawn = set(random.Random(seed).sample(range(count), min(wanted, count)))
+    records = enumerate(stream_records(given.path / "pairs.jsonl", PreferencePair))
+    write_records(out.path / "pairs.jsonl", (record for at, record in records if at in drawn))
+    return {catalog.REPLAYED_PAIRS.name: len(drawn), catalog.REPLAYED_PAIRS_MISSING.name: wanted - len(drawn)}
+
+
+def _replayed(share: float, own: float) -> int:
+    """Return how many given pairs are the share of all beside so many own ones: one at least."""
+    return max(1, round(own * share / (1 - share)))
 
 
 def _keep_positives(

@@ -12,11 +12,11 @@ from msgspec import UNSET
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, digest_text
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
+from selfalign.core.records import Demonstration, RankedAnswers
 from selfalign.data.mixtures import DataSource, data_source
+from selfalign.data.questions import write_questions
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import UNTAUGHT, read_conversations, read_demonstrations, read_ranked
-from selfalign.data.thinking import given_response
 from selfalign.data.turns import compared_prompt, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.protocol import TeachableJudge
@@ -29,11 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 class EFTSource(StrEnum):
-    """The author of the EFT examples: none, humans (through their scores or ranks), or the SFT baseline."""
+    """The author of the EFT examples: none, humans (through their scores or ranks), or the SFT baseline.
+
+    What the baseline judges was ranked by humans, or is synthetic: demonstrations beside worse answers of its own.
+    """
 
     none = "none"
     human = "human"
     baseline = "baseline"
+    synthetic = "synthetic"
+
+    @property
+    def by_baseline(self) -> bool:
+        """Whether the SFT baseline writes the examples."""
+        return self in (EFTSource.baseline, EFTSource.synthetic)
 
 
 class AssistantTurns(StrEnum):
@@ -57,6 +66,8 @@ class SeedDataConfig:
         eft_source: the author of the EFT examples. "none": there are none, and M1 is the paper's SFT baseline.
             "human": targets come from human scores or ranks, which small models need. "baseline": the SFT baseline
             writes justifications and scores, and those in the humans' order are kept (arXiv 2401.10020, section 3.1).
+            "synthetic": it judges demonstrations beside worse answers, which `data.distortion` makes of them (arXiv
+            2408.02666), and `ranked` only serves to measure judging.
         max_score_imbalance: for EFT examples by the baseline, the largest ratio of the examples with the most common
             score to those with the second most common score. The paper drops "part" of the former.
         assistant_turns: the turns of a demonstration with several turns that are taught. "last": the last one; those
@@ -88,7 +99,12 @@ class SeedDataConfig:
             raise SelfalignError(
                 f"data.seed_data.max_score_imbalance must be 1 or more, got {self.max_score_imbalance}"
             )
-        if not self.fine_tune and self.ranked and self.eft_source != EFTSource.none:
+        if self.eft_source == EFTSource.synthetic and not self.demonstrations:
+            raise SelfalignError(
+                "data.seed_data.eft_source=synthetic needs data.seed_data.demonstrations, which the worse answers are "
+                "made of: set it"
+            )
+        if not self.fine_tune and self.teaches_judging:
             raise SelfalignError(
                 f"data.seed_data.eft_source={self.eft_source.value} teaches judging, and "
                 "data.seed_data.fine_tune=false teaches nothing: set data.seed_data.eft_source=none"
@@ -98,6 +114,11 @@ class SeedDataConfig:
                 "data.seed_data.eft_source=baseline needs data.seed_data.demonstrations to train the baseline, "
                 "and data.seed_data.ranked for it to judge"
             )
+
+    @property
+    def teaches_judging(self) -> bool:
+        """Whether M1 is trained on EFT examples."""
+        return self.eft_source == EFTSource.synthetic or bool(self.ranked and self.eft_source != EFTSource.none)
 
 
 def size(*, config: SeedDataConfig, **others: object) -> Size:
@@ -136,7 +157,7 @@ def seed_data(
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
     taught = data.training if config.eft_source != EFTSource.none else []
     write_records(out.path / "taught.jsonl", taught)
-    write_questions(out, data.held_out)
+    write_questions(out.path, data.held_out)
     return {
         catalog.IFT.name: len({one.question or one.id for one in data.ift}),
         **({catalog.IFT_TURNS.name: len(data.ift)} if config.assistant_turns == AssistantTurns.all else {}),
@@ -165,7 +186,7 @@ def taught_questions(
         schema: the user's description of their rows; None for known formats.
     """
     questions = read_seeds(config, schema).training
-    write_questions(out, questions)
+    write_questions(out.path, questions)
     return {
         catalog.QUESTIONS.name: len(questions),
         catalog.RESPONSES.name: sum(len(question.texts) for question in questions),
@@ -187,7 +208,7 @@ def untrained_questions(out: StageOutput, *, seeds: Artifact, trained_on: Sequen
     questions = read_records(seeds.path / "ranked.jsonl", RankedAnswers)
     known = KnownTexts.of(trained_on)
     untrained = [question for question in questions if not asks_known(question, known)]
-    write_questions(out, untrained)
+    write_questions(out.path, untrained)
     return {
         catalog.QUESTIONS_HELD_OUT.name: len(untrained),
         "dropped": {"trained_on": len(questions) - len(untrained)},
@@ -307,21 +328,6 @@ def distinct_turns(turns: Sequence[Demonstration], drops: Counter[str]) -> list[
     return distinct
 
 
-def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
-    """Write ranked questions, and their instructions and responses for the judge stage."""
-    write_records(out.path / "ranked.jsonl", questions)
-    write_records(
-        out.path / "instructions.jsonl",
-        [
-            Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns, criteria=q.criteria)
-            for q in questions
-        ],
-    )
-    write_records(
-        out.path / "responses.jsonl", [answer for question in questions for answer in given_answers(question)]
-    )
-
-
 def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
     """Return the ids of the held-out questions: those whose texts have the smallest digests.
 
@@ -388,11 +394,3 @@ def scores_from_ranks(ranks: list[int], low: int, high: int) -> list[int]:
     order = sorted(ranks)
     step = (high - low) / (len(ranks) - 1)
     return [round(high - step * order.index(rank)) for rank in ranks]
-
-
-def given_answers(question: RankedAnswers) -> list[Response]:
-    """Return a question's answers as responses to judge."""
-    return [
-        given_response(f"{question.id}-{index}", question.id, text, "human")
-        for index, text in enumerate(question.texts, start=1)
-    ]

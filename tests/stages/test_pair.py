@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import artifact, demonstration, instruction, judgement, records_artifact, response, workspace
+from builders import artifact, demonstration, instruction, judgement, preference, records_artifact, response, workspace
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
@@ -22,7 +22,7 @@ from selfalign.core.records import (
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.data.turns import as_prompt, as_text
 from selfalign.stages import pair as module
-from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
+from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair, replay_pairs
 
 Scores = dict[str, list[float | None]]
 """{response id: the scores of its judgements}."""
@@ -303,6 +303,43 @@ def test_gathered_records_whose_ids_two_given_files_share_are_named_by_their_con
     assert [first, third] == [asked, others[1]]
     assert second.id not in ("1", "2")
     assert replace(second, id="1") == taught
+
+
+def replayed(folder: Path, share: float, own: int, given: int, seed: int = 0) -> tuple[dict[str, Any], list[str]]:
+    """Runs the stage; returns its counts and the ids of what it drew."""
+    ours = records_artifact(folder / "own", pairs=[preference(f"o{n}", "Ask.", "Good.", "No.") for n in range(own)])
+    others = [preference(f"g{n}", f"Ask {n}.", "Good.", "No.") for n in range(given)]
+    source = records_artifact(folder / "given", pairs=others)
+    counts = replay_pairs(workspace(folder / f"{seed}"), share=share, pairs=[ours, ours], given=source, seed=seed)
+    return counts, [pair.id for pair in read_records(folder / f"{seed}/pairs.jsonl", PreferencePair)]
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0.5, 6), (0.25, 2), (0.1, 1), (0.6, 9), (0.01, 1)])
+def test_replayed_pairs_are_their_share_of_all(tmp_path: Path, share: float, drawn: int) -> None:
+    """Beside six own pairs, n given ones are a share of n / (6 + n); one is drawn at least."""
+    counts, ids = replayed(tmp_path, share, own=3, given=20)
+    assert len(set(ids)) == len(ids) == drawn
+    assert counts == {"replayed_pairs": drawn, "replayed_pairs_missing": 0}
+
+
+def test_seed_draws_the_replayed_pairs_and_they_stay_in_their_order(tmp_path: Path) -> None:
+    draws = [replayed(tmp_path, 0.5, own=3, given=20, seed=seed)[1] for seed in (0, 1, 2, 0)]
+    assert draws[0] == draws[3]
+    assert len({tuple(ids) for ids in draws}) == 3
+    assert all(ids == sorted(ids, key=lambda one: int(one[1:])) for ids in draws)
+
+
+def test_too_few_pairs_to_replay_are_all_taken_counted_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts, ids = replayed(tmp_path, 0.5, own=3, given=4)
+    assert ids == ["g0", "g1", "g2", "g3"]
+    assert counts == {"replayed_pairs": 4, "replayed_pairs_missing": 2}
+    [line] = caplog.messages
+    assert line.endswith(
+        "data.replay.share=0.5 of 6 own pairs takes 6 given ones, but data.replay.source has 4 usable: all are taken, "
+        "a share of 0.400"
+    )
 
 
 @pytest.mark.parametrize("name", ["instructions", "responses", "scores"])
