@@ -153,6 +153,11 @@ class Label:
         return self.part.removeprefix(AHEAD).partition("_by_")[0] in JUDGED and self.owner != "preferences"
 
     @property
+    def is_meta_judged(self) -> bool:
+        """Whether the artifact has pairs of judgements."""
+        return self.part.removeprefix(AHEAD) == JUDGE_PAIRS
+
+    @property
     def opponent(self) -> str:
         """The opponent in a comparison of two models; empty for other artifacts."""
         found = COMPARISON.fullmatch(self.part)
@@ -174,7 +179,7 @@ class Label:
             return f"{BASELINE}/"
         if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
             return f"{self}/"
-        if self.part.startswith(AHEAD) or "_by_" in self.part or self.part == JUDGE_PAIRS:
+        if self.part.startswith(AHEAD) or "_by_" in self.part or self.is_meta_judged:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 
