@@ -91,6 +91,7 @@ BY_DPO: Table = {
     "loss.beta": 0.1,
     "loss.label_smoothing": 0,
     "loss.nll_weight": 0,
+    "loss.reduction": "sum",
     "choices.pair": "BestWorst",
     "pair.minimum_margin": 0,
     "pair.length_control": None,
@@ -129,7 +130,10 @@ QUALITY_AWARE: Table = {
     "loss.lam": 0.5,
     "loss.refinement.source": "prompted",
     "loss.refinement.scale": 100,
+    "loss.lam_warmup": 0,
     "loss.refinement.place": "dialogue",
+    "loss.refinement.normalise": "none",
+    "loss.reduction": "sum",
     "loss.label_smoothing": 0,
     "loss.nll_weight": 0,
 }
@@ -208,7 +212,7 @@ OURS = {
     "data.respond": ("sampling.max_new_tokens",),
     "judge": ("prompt", "max_failure_rate", "retries", "min_valid_samples", "sampling.max_new_tokens"),
     "pair": ("finished_only", "max_similarity", "minimum_pairs", "minimum_examples"),
-    "loss.refinement": ("prompt", "constant"),
+    "loss.refinement": ("prompt", "constant", "negative_prompt"),
     "train.sft": (
         "learning_rate", "final_learning_rate", "schedule", "warmup_ratio", "optimizer", "weight_decay",
         "max_grad_norm", "epochs", "batch_size", "max_length", "loss_reduction", "dropout",
@@ -280,10 +284,11 @@ TECHNICAL = (
     *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
-    *words("model.system_prompt data.seed_data.assistant_turns data.meta_judge"),
+    *words("model.system_prompt data.seed_data.assistant_turns"),
+    *words("at data.respond.writers data.seed_data.fine_tune data.meta_judge pair.consistency pair.consistent_with"),
 )
 """Where and how fast it runs, what is only warned of, where it is logged, and what these studies do not have: thoughts,
-a system prompt, demonstrations of several answers; `*` stands for anything."""
+a system prompt, demonstrations of several answers, and what came after their papers; `*` stands for anything."""
 
 WITHOUT_EFFECT = {
     "data.path": ("judge.*", "pair.*", "choices.judge", "choices.pair", "data.seed_data.eft_source"),

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, Said, composed, policy_artifact, write_tiny_data
+from builders import TINY_RUN, Said, composed, policy_artifact, records_artifact, write_tiny_data
 from omegaconf import OmegaConf
 
 from selfalign.config.checks import other_forms, without_effect
 from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
 from selfalign.launch.hydra_sweep import sweep_folder
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.pipeline.requirements import check_requirements
@@ -38,6 +39,41 @@ OUT_OF_REACH = {
         "data.seed_data.demonstrations='' data.seed_data.max_demonstrations=0",
         "data.instruct needs demonstrations as examples, and data.seed_data.demonstrations is empty: set it, or give "
         "the instructions with data.instruct.source",
+    ),
+    "a writer whom no pair takes": (
+        "pair=by_writer data.respond.writers=[self,sft,base]",
+        "pair=by_writer takes chosen responses from self and rejected ones from sft, but "
+        "data.respond.writers=['self', 'sft', 'base']: name these two",
+    ),
+    "a demonstration of another prompt": (
+        "pair=by_writer pair.rejected_from=demonstration data.respond.writers=[self,demonstration]",
+        "data.respond.writers=['self', 'demonstration']: a demonstration answers its own prompt only. Set "
+        "data.instruct.source=demonstrations",
+    ),
+    "a next model made of one writer": (
+        "pair=by_writer pair.chosen_from=next pair.rejected_from=self data.respond.writers=[next,self]",
+        "data.respond.writers=[next,self]: the next model is made of pairs in which M_t writes in its place, so the "
+        "other writer must be another one, such as sft",
+    ),
+    "a change in an iteration that there is not": (
+        "+judge@at.3.judge=additive",
+        "at.3: what changes from an iteration on is for iterations 2 to iterations=2",
+    ),
+    "a change of what stays": (
+        "+at.2.seed=4",
+        "at.2.seed: from an iteration on, judge, pair, loss, writers can change, and nothing else",
+    ),
+    "a change out of reach": (
+        "+pair@at.2.pair=best_vs_k at.2.pair.k=4",
+        "at.2: data.respond.candidates=4, but pair.k=4 needs 5 responses to an instruction: raise it to 5 or more",
+    ),
+    "a consistency that the loss cannot use": (
+        "pair.consistency=each loss=ipo",
+        "pair.consistency=each gives pairs a label smoothing, which IPO has no use for: choose loss=dpo or loss=sr_dpo",
+    ),
+    "a second judge that is the first": (
+        "pair.consistency=mean pair.consistent_with=sft judge.model=sft",
+        "pair.consistent_with=sft and judge.model are the same judge: choose another",
     ),
     "a single candidate": (
         "data.respond.candidates=1",
@@ -300,7 +336,7 @@ IDLE = {
     ),
     "tokens of a policy's verdict": (
         "evaluate.head_to_head.verdict_tokens=9", ["evaluate.head_to_head.verdict_tokens=9"],
-        "a policy's verdict is one token",
+        "a policy's verdict is read from its probabilities",
     ),
     "repository of no push": ("hub.repo_id=owner/name", ["hub.repo_id=owner/name"],
     "hub.push=false pushes nothing to a hub"),
@@ -593,6 +629,24 @@ def test_length_out_of_reach_of_the_model_is_refused(small: Artifact, case: str)
         check(small, *overrides.split())
     assert str(refused.value).endswith(message)
     assert str(refused.value).startswith(("train.", "evaluate.", "data.", "benchmark.", "judge.prompt takes", "loss."))
+
+
+def test_place_of_p_that_template_or_prompts_do_not_have_is_refused(small: Artifact, tmp_path: Path) -> None:
+    without = replace(small, counts=small.counts | {"system_turns": False})
+    with pytest.raises(
+        SelfalignError, match=r"^loss\.refinement\.place=system, but the model's chat template accepts no"
+    ):
+        check(without, "loss.refinement.place=system")
+    check(small, "loss.refinement.place=system")
+    pairs = [PreferencePair(id=name, prompt=prompt, chosen="So.", rejected="No.")
+             for name, prompt in (("turns", [{"role": "user", "content": "Why?"}]), ("text", "Why? "))]  # fmt: skip
+    config = composed(SMOKE, *SHORT, "loss.refinement.place=after")[0]
+    seeds = replace(small, counts={"ift": 1, "eft": 0})
+    given: Any = SimpleNamespace(
+        seed_data=seeds, pairs=records_artifact(tmp_path / "pairs", pairs=pairs), preferences=None
+    )
+    with pytest.raises(SelfalignError, match=r"^record text: loss\.refinement\.place=after needs a prompt of turns"):
+        check_requirements(config, small, given)
 
 
 @pytest.mark.parametrize(

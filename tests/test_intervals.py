@@ -1,6 +1,7 @@
 """Each statistic against scipy, a case worked by hand, or a simulation with a planted effect."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from selfalign.metrics.intervals import (
     RIDGE,
     Estimate,
     bootstrap,
+    bootstrap_average,
     bootstrap_correlation,
     bootstrap_mean,
     correlation,
@@ -17,6 +19,7 @@ from selfalign.metrics.intervals import (
     length_controlled,
     repetition,
     sign_test,
+    style_controlled,
     wilson,
 )
 
@@ -222,3 +225,67 @@ def test_distinct_and_repeated_worked_by_hand() -> None:
     assert repetition(texts, 2) == pytest.approx(1 / 4)
     assert distinct([["a"]], 2) is None
     assert repetition([], 1) is None
+
+
+# --- style -------------------------------------------------------------------------------------------------------
+
+
+def styled(model: float, tastes: Sequence[float], *, more: float = 0.0, count: int = 1500, seed: int = 0):
+    """Outcomes of a judge with this much taste for the model and for features of style, in logits, and the features."""
+    draw = np.random.default_rng(seed)
+    differences = draw.normal(more, 0.5, size=(count, len(tastes)))
+    chance = special.expit(model + differences / differences.std(axis=0) @ np.array(tastes))
+    return (draw.random(count) < chance).astype(float), differences
+
+
+def test_planted_effects_of_style_are_found_and_taken_off() -> None:
+    outcomes, differences = styled(-0.6, (1.2, 0.0, -0.6, 0.4), more=0.5, count=3000, seed=2)
+    assert outcomes.mean() > 0.5, "style wins against the better model"
+    found, effects = style_controlled(outcomes, np.ones(len(outcomes)), differences)
+    assert found.value == pytest.approx(special.expit(-0.6), abs=0.06)
+    assert found.low < special.expit(-0.6) < found.high < 0.5
+    assert effects == pytest.approx([1.2, 0.0, -0.6, 0.4], abs=0.2)
+
+
+@pytest.mark.parametrize("features", [1, 4])
+def test_style_controlled_model_is_the_weighted_penalised_maximum(features: int) -> None:
+    outcomes, differences = styled(0.5, [0.7] * features, count=40)
+    outcomes[:3], weights = 0.5, np.tile([1.0, 2.0, 6.0, 3.0], 10)
+    terms = np.column_stack([np.ones(40), differences / differences.std(axis=0)])
+
+    def loss(coefficients: np.ndarray) -> float:
+        logits = terms @ coefficients
+        return weights @ (np.logaddexp(0, logits) - outcomes * logits) + RIDGE * coefficients @ coefficients
+
+    best = optimize.minimize(loss, np.zeros(1 + features), method="BFGS", options={"gtol": 1e-8}).x
+    found, effects = style_controlled(outcomes, weights, differences)
+    assert found.value == pytest.approx(special.expit(best[0]), abs=1e-5)
+    assert effects == pytest.approx(best[1:], abs=1e-4)
+
+
+def test_feature_that_never_differs_has_no_effect_and_changes_nothing() -> None:
+    outcomes, differences = styled(0.3, (0.9,), count=60)
+    weights = np.ones(60)
+    alone, [effect] = style_controlled(outcomes, weights, differences)
+    both, effects = style_controlled(outcomes, weights, np.column_stack([differences, np.zeros(60)]))
+    assert effects == pytest.approx([effect, 0.0])
+    assert both.value == pytest.approx(alone.value)
+
+
+def test_style_of_one_instruction_or_of_one_outcome_has_the_interval_that_it_can_have() -> None:
+    one, _ = style_controlled([1.0], [2.0], [[0.3]])
+    assert np.isnan(one.low)
+    assert np.isnan(one.high)
+    all_won, _ = style_controlled([1.0] * 5, [1.0] * 5, [[0.1], [0.2], [-0.1], [0.0], [0.4]])
+    assert (all_won.low, all_won.high) == (wilson(5, 5).low, wilson(5, 5).high)
+
+
+def test_average_is_of_its_parts_whatever_their_size() -> None:
+    many, few = np.array([1.0, 0.0] * 100), np.array([1.0, 1.0, 1.0, 0.0])
+    found = bootstrap_average([(lambda at: many[at].mean(), 200), (lambda at: few[at].mean(), 4)])
+    assert found.value == (0.5 + 0.75) / 2
+    # The variance of the mean of both: a quarter of the sum of 0.25 / 200 and 0.1875 / 4.
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt((0.25 / 200 + 0.1875 / 4) / 4), rel=0.15)
+    alike = bootstrap_average([(lambda at: 1.0, 9), (lambda at: 0.5, 9)])
+    assert alike.value == 0.75
+    assert np.isnan(alike.low)

@@ -37,7 +37,11 @@ ALWAYS_ALL = ("if label_smoothing is None", "if True")
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
 NLL = "return -weight * policy.per_token().chosen"
 DELTA = "return (beta * (chosen - rejected)).detach()"
-TURN = '"content": p.text + prompt[at]["content"]'
+TURN = "else p.text + asked"
+AFTER = 'text = f"{asked}\\n\\n{p.text.strip()}" if p.place == "after"'
+SYSTEM = 'p.text + own["content"] if own["content"]'
+NEGATIVE = 'self.negative_prompt.replace("{scale}", str(self.scale)), self.place)'
+SCALED = 'p = self.prompt.replace("{scale}", str(self.scale))'
 PLACE = 'at = users[0] if p.place == "dialogue" else users[-1]'
 
 EXACT = "weight = self.lam / self.beta if"
@@ -160,14 +164,21 @@ REFINEMENT = [
     ("Δ without the reference", CHOSEN_P, "policy_p.chosen"),
     ("Δ with the wrong response's reference", REJECTED_P, "policy_p.rejected - reference_p.chosen"),
     ("Δ with rewards added", DELTA, DELTA.replace("chosen - rejected", "chosen + rejected")),
-    ("p behind the query", TURN, '"content": prompt[at]["content"] + p.text'),
+    ("p behind the query", TURN, "else asked + p.text"),
+    ("p before the query though it should be behind", AFTER, AFTER.replace('"after"', '"never"')),
+    ("p right behind the query", AFTER, AFTER.replace("\\n\\n", "")),
+    ("p behind the system turn", SYSTEM, SYSTEM.replace('p.text + own["content"]', 'own["content"] + p.text')),
+    ("p in place of the system turn", SYSTEM, SYSTEM.replace(' + own["content"]', "")),
+    ("p⁻ without its scale", NEGATIVE, NEGATIVE.replace('.replace("{scale}", str(self.scale))', "")),
+    ("p⁻ always before the dialogue", NEGATIVE, NEGATIVE.replace("self.place", '"dialogue"')),
+    ("p for p⁻", NEGATIVE, NEGATIVE.replace("negative_prompt", "prompt")),
     ("p always before the first user turn", PLACE, "at = users[0]"),
     ("p always before the last user turn", PLACE, "at = users[-1]"),
     ("p before the system turn", PLACE, PLACE.replace("users[0]", "0")),
     ("p behind a plain text", "return p.text + prompt", "return prompt + p.text"),
     ("p's place forgotten", "else p, self.place)", 'else p, "dialogue")'),
-    ("p without its scale", '.replace("{scale}", str(self.scale))', ""),
-    ("p with the default scale", "str(self.scale)", "str(100)"),
+    ("p without its scale", SCALED, "p = self.prompt"),
+    ("p with the default scale", SCALED, SCALED.replace("self.scale", "100")),
 ]
 HOMES = {logps: LOGPS, preference: LOSSES, refinement: REFINEMENT}
 MUTANTS = [(home, *mutant) for home, mutants in HOMES.items() for mutant in mutants]

@@ -231,13 +231,23 @@ def check_reduction_of_delta(module: Any, _: Any) -> None:
 
 def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
-    expected = {"dialogue": ["S", "Reach 10. A", "B", "C", "D"], "last_turn": ["S", "A", "B", "Reach 10. C", "D"]}
+    expected = {
+        "dialogue": ["S", "Reach 10. A", "B", "C", "D"],
+        "last_turn": ["S", "A", "B", "Reach 10. C", "D"],
+        "after": ["S", "A", "B", "C\n\nReach 10.", "D"],
+        "system": ["Reach 10. S", "A", "B", "C", "D"],
+    }
     for place, contents in expected.items():
         p = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10, place=place).text(None)
-        assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
         augmented = refinement_module.augment(p, [{"role": role, "content": content} for role, content in turns])
         assert [turn["content"] for turn in augmented] == contents
         assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
+        if place in ("dialogue", "last_turn"):
+            assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
+        contrast = refinement_module.Refinement(
+            prompt="Reach {scale}. ", negative_prompt="Miss {scale}.", scale=10, place=place, source="contrastive"
+        )
+        assert contrast.negative() == refinement_module.Augmentation("Miss 10.", place)
 
 
 Check = Callable[[Any, Any], None]

@@ -14,7 +14,16 @@ from mutation import mutated
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response
 from selfalign.data import pair_rules
-from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair, pick_pairs
+from selfalign.data.pair_rules import (
+    AllOrdered,
+    BestVsK,
+    BestWorst,
+    ByWriter,
+    PairRule,
+    RandomPair,
+    agreement,
+    pick_pairs,
+)
 
 RULES = ["BestWorst", "RandomPair", "AllOrdered", "BestVsK"]
 
@@ -263,3 +272,62 @@ def test_length_control_of_an_iteration() -> None:
     with pytest.raises(SelfalignError, match=r"pair\.length_control has 3 values for iterations=2"):
         rule.check_iterations(2)
     assert BestWorst().at(1) == BestWorst()
+
+
+# --- by writer -----------------------------------------------------------------------------------------------------
+
+
+def by_writers(rule: ByWriter, *given: tuple[str, float | None]) -> tuple[list[str], dict[str, int]]:
+    """What a rule makes of responses a, b, c … given as (writer, score)."""
+    names = [chr(ord("a") + n) for n in range(len(given))]
+    responses = [
+        replace(response(f"i-{name}", f"{name} has words of its own: {name * 3}"), writer=writer)
+        for name, (writer, _) in zip(names, given, strict=True)
+    ]
+    known = {f"i-{name}": score for name, (_, score) in zip(names, given, strict=True) if score is not None}
+    kept, drops = pick_pairs(rule, responses, known if rule.needs_scores else rule.assumed_scores(responses), 0)
+    return [f"{one.response.id[-1]}>{other.response.id[-1]}" for one, other in kept], dict(drops)
+
+
+def test_by_writer_takes_the_best_of_one_and_the_worst_of_the_other() -> None:
+    given = (("self", 3), ("self", 4), ("sft", 1), ("sft", 0), ("sft", 5))
+    assert by_writers(ByWriter(), *given) == (["b>d"], {})
+    assert by_writers(ByWriter(chosen_from="sft", rejected_from="self"), *given) == (["e>a"], {})
+
+
+def test_by_writer_drops_a_pair_whose_rejected_response_scores_higher_or_equal() -> None:
+    assert by_writers(ByWriter(), ("self", 2), ("sft", 3)) == ([], {"rejected_is_better": 1})
+    assert by_writers(ByWriter(), ("self", 2), ("sft", 2)) == ([], {"tie": 1})
+    assert by_writers(ByWriter(minimum_margin=1.5), ("self", 2), ("sft", 1)) == ([], {"small_margin": 1})
+
+
+def test_by_writer_needs_a_judged_response_of_each() -> None:
+    assert by_writers(ByWriter(), ("self", 2), ("sft", None)) == ([], {"too_few_judged": 1})
+    assert by_writers(ByWriter(), ("self", 2), ("self", 1)) == ([], {"too_few_judged": 1})
+
+
+def test_by_writer_without_scores_takes_the_first_of_each() -> None:
+    rule = ByWriter(chosen_from="demonstration", rejected_from="self", by_score=False)
+    assert by_writers(rule, ("self", None), ("self", None), ("demonstration", None)) == (["c>a"], {})
+    assert by_writers(rule, ("self", None), ("self", None)) == ([], {"too_few_judged": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rejected_from": "self"}, "pair.chosen_from and pair.rejected_from must differ, got self twice"),
+        ({"length_control": 0.1}, "pair.length_control=0.1 has no effect with pair=by_writer"),
+        ({"by_score": False, "minimum_margin": 1.0}, "pair.minimum_margin=1.0 has no effect with pair.by_score=false"),
+    ],
+)
+def test_by_writer_refuses_settings_without_effect(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelfalignError, match=message):
+        ByWriter(**settings)
+
+
+def test_agreement_is_the_share_of_response_pairs_that_two_judges_order_alike() -> None:
+    # a>b alike, a>c opposite, b and c tied by one of them: (1 + 0 + ½) / 3. d has one judge only.
+    assert agreement({"a": 3, "b": 1, "c": 1}, {"a": 5, "b": 4, "c": 6, "d": 9}) == pytest.approx(0.5)
+    assert agreement({"a": 1, "b": 2}, {"a": 10, "b": 20}) == 1
+    assert agreement({"a": 1, "b": 2}, {"a": 20, "b": 10}) == 0
+    assert agreement({"a": 1, "b": 2}, {"a": 20}) is None

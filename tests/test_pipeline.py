@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -319,14 +320,15 @@ WAYS = {
     "implicit": ["judge=implicit", "data.seed_data.eft_source=none", "train.reference_policy=sft"],
     "writers": ["data.respond.writers=[self,previous]", "pair=by_writer", "pair.rejected_from=previous",
                 "judge.model=previous"],
-    "ahead": ["data.respond.writers=[next,base]", "pair=by_writer", "pair.chosen_from=next", "pair.rejected_from=base",
-              "iterations=1", "data.instruct.count=8"],
+    "ahead": ["data.respond.writers=[next,sft]", "pair=by_writer", "pair.chosen_from=next", "iterations=1",
+              "data.instruct.count=6"],
     "demonstrated": ["data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]",
                      "data.respond.candidates=1", "pair=by_writer", "pair.chosen_from=demonstration",
                      "pair.rejected_from=self", "pair.by_score=false", "data.respond.sampling.max_new_tokens=9"],
     "panel": ["judge=panel", "+judge@judge.members.read=expected_score", "+judge@judge.members.outside=expected_score",
               "judge.members.outside.model=random:tiny", "+judge.weights.read=2", "data.seed_data.eft_source=none",
               "iterations=1"],
+    "consistency": ["pair=all_ordered", "pair.consistency=each", "pair.consistent_with=base", "iterations=1"],
     "meta_judged": ["data/meta_judge=pairwise", "data.meta_judge.iterations=1", "data.meta_judge.minimum_pairs=0",
                     "judge=additive", f"judge.prompt='{JUDGE_PROMPT}'", "judge.sampling.temperature=1",
                     "judge.sampling.max_new_tokens=12", "judge.max_failure_rate=1", "train.sft.epochs=20"],
@@ -497,7 +499,7 @@ def check_writers(folder: Path) -> None:
 
 
 def check_ahead(folder: Path) -> None:
-    """A model aligned on M1's responses against M0's writes in place of M1, and M2 is aligned from M1."""
+    """A model aligned on M1's responses against others of M1 writes in its place, and M2 is aligned from M1."""
     place = "iteration_1"
     ahead = manifest(folder, f"{place}/ahead_model")["digest"]
     m1 = manifest(folder, "M1")["digest"]
@@ -505,6 +507,9 @@ def check_ahead(folder: Path) -> None:
     assert digest_in(folder, f"{place}/ahead_responses_by_self", "policy") == m1
     assert digest_in(folder, f"{place}/responses_by_next", "policy") == ahead
     assert ahead not in (m1, manifest(folder, "M2")["digest"])
+    # What is rejected was written once.
+    both = [(folder / "artifacts" / place / part).resolve() for part in ("ahead_responses_by_sft", "responses_by_sft")]
+    assert both[0] == both[1]
     rows = [row for row in metrics(folder) if row["label"] in ("M2", f"{place}/ahead_model") and "align/step" in row]
     assert {row["label"] for row in rows} == {"M2", f"{place}/ahead_model"}
 
@@ -555,6 +560,30 @@ def check_panel(folder: Path) -> None:
             }
             assert combined[one] == pytest.approx((2 * shares["read"] + shares["outside"]) / 3)
     assert 0 <= manifest(folder, place)["counts"]["judge/disagreement"] <= 1
+
+
+def check_consistency(folder: Path) -> None:
+    """M0 judges a second time, and what both judges order alike is how far a pair is trusted."""
+    place = "iteration_1"
+    assert digest_in(folder, f"{place}/second_judgements", "policy") == manifest(folder, "M0")["digest"]
+    first, second = (
+        {s.id: s.score for s in records(folder, f"{place}/{part}", "scores", ResponseScore)}
+        for part in ("judgements", "second_judgements")
+    )
+    by_instruction: dict[str, list[str]] = {}
+    for response in records(folder, f"{place}/responses", "responses", Response):
+        by_instruction.setdefault(response.instruction_id, []).append(response.id)
+    alike = {
+        name: [(first[a] - first[b]) * (second[a] - second[b]) > 0 for a, b in combinations(ids, 2)]
+        for name, ids in by_instruction.items()
+    }
+    pairs = records(folder, f"{place}/pairs", "pairs", PreferencePair)
+    assert pairs
+    for pair in pairs:
+        share = sum(alike[pair.instruction_id]) / len(alike[pair.instruction_id])
+        assert pair.label_smoothing == pytest.approx(1 - share)
+    every = [sum(found) / len(found) for found in alike.values()]
+    assert manifest(folder, f"{place}/pairs")["counts"]["consistency"] == pytest.approx(sum(every) / len(every))
 
 
 def check_changes(folder: Path) -> None:

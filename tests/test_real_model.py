@@ -19,7 +19,7 @@ from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import run_experiment
 from selfalign.losses.preference import DPO, IPO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO
-from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of
+from selfalign.losses.protocol import Offset, PreferenceLoss, reference_augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
@@ -107,6 +107,7 @@ COMBINATIONS: dict[str, PreferenceLoss] = {
     "sr_ipo printed": SrIPO(lam=0.3, lambda_scale="paper"),
     "sr_ipo exact": SrIPO(lam=0.3, lambda_scale="derived"),
     "sr_ipo naive": SrIPO(refinement=Refinement(source="naive")),
+    "sr_dpo contrastive": SrDPO(refinement=Refinement(source="contrastive", place="system")),
     "odpo": ODPO(),
     "simpo": SimPO(),
     "α-dpo": AlphaDPO(),
@@ -134,7 +135,9 @@ def check_loss_falls(
     settings = optimization(learning_rate=learning_rate, epochs=4, batch_size=3)
     precision = settings.logprob_settings("float32")
     scores = workspace(folder / "reference")
-    reference_logprobs(scores, policy=start, pairs=pairs, augmentation=augmentation_of(loss), precision=precision)
+    reference_logprobs(
+        scores, policy=start, pairs=pairs, augmentation=reference_augmentation_of(loss), precision=precision
+    )
     rows: list[dict[str, Any]] = []
     align(
         workspace(folder / "aligned", rows),

@@ -11,8 +11,11 @@ import torch
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import SrDPO
+from selfalign.losses.protocol import augmentation_of, reference_augmentation_of
 from selfalign.losses.refinement import (
     AUGMENTATION_PROMPT,
+    NEGATIVE_PROMPT,
     SMALLEST_SPREAD,
     Augmentation,
     Normalisation,
@@ -21,6 +24,7 @@ from selfalign.losses.refinement import (
     refinement,
 )
 from selfalign.models.batches import encode_pairs
+from selfalign.store.key import to_key_json
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
@@ -72,11 +76,11 @@ def test_p_stands_before_a_plain_text() -> None:
 @pytest.mark.parametrize(
     ("place", "expected"),
     [("dialogue", ["Be brief.", "Do well. First", "Yes", "Second"]),
-     ("last_turn", ["Be brief.", "First", "Yes", "Do well. Second"])],
+     ("last_turn", ["Be brief.", "First", "Yes", "Do well. Second"]),
+     ("after", ["Be brief.", "First", "Yes", "Second\n\nDo well."]),
+     ("system", ["Do well. Be brief.", "First", "Yes", "Second"])],
 )  # fmt: skip
-def test_p_stands_before_the_whole_dialogue_or_if_asked_for_before_its_last_turn(
-    place: str, expected: list[str]
-) -> None:
+def test_p_stands_before_the_whole_dialogue_or_where_else_it_is_asked_for(place: str, expected: list[str]) -> None:
     conversation = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "First"},
@@ -89,13 +93,36 @@ def test_p_stands_before_the_whole_dialogue_or_if_asked_for_before_its_last_turn
     assert conversation == before, "the given prompt was changed in place"
 
 
+def test_p_is_the_system_turn_where_there_is_none_or_an_empty_one() -> None:
+    asked, tools = {"role": "user", "content": "Why?"}, [{"type": "function"}]
+    p = Augmentation("Do well.\n\n", "system")
+    assert augment(p, [asked]) == [{"role": "system", "content": "Do well."}, asked]
+    place_of_tools = {"role": "system", "content": "", "tools": tools}
+    assert augment(p, [place_of_tools, asked]) == [{"role": "system", "content": "Do well.", "tools": tools}, asked]
+
+
+@pytest.mark.parametrize("place", ["system", "after"])
+def test_text_without_turns_is_refused_where_p_needs_them(tiny_tokenizer: Any, place: str) -> None:
+    pair = PreferencePair(id="t", prompt="Human: Why?\n\nAssistant:", chosen="So.", rejected="No.")
+    with pytest.raises(SelfalignError, match=rf"record t: loss.refinement.place={place} needs a prompt of turns"):
+        list(encode_pairs(tiny_tokenizer, [pair], Refinement(place=place), 500, Counter()))
+
+
 def test_p_before_the_whole_dialogue_is_the_default() -> None:
     """The paper's p⊕x: p in front of x, which for HH-RLHF is the dialogue so far."""
     assert Refinement().place == "dialogue"
     assert Refinement(place="last_turn").augmentation() != Refinement().augmentation(), "one key for two second passes"
 
 
-@pytest.mark.parametrize("place", ["dialogue", "last_turn"])
+PLACED = {
+    "dialogue": ("<|im_start|>user\n", "<|im_start|>user\nDo your best. "),
+    "last_turn": ("<|im_start|>user\n", "<|im_start|>user\nDo your best. "),
+    "system": ("<|im_start|>user\n", "<|im_start|>system\nDo your best.<|im_end|>\n<|im_start|>user\n"),
+    "after": ("<|im_end|>\n<|im_start|>assistant", "\n\nDo your best.<|im_end|>\n<|im_start|>assistant"),
+}
+
+
+@pytest.mark.parametrize("place", PLACED)
 def test_p_survives_when_a_dialogue_is_cut_from_the_left(tiny_tokenizer: Any, place: str) -> None:
     """x loses its oldest turns, then the beginning of its last one; p stands before what is left."""
     turns = [("user", "Tell me of bees. " * 20), ("assistant", "Bees hum."), ("user", "And of wasps? " * 20)]
@@ -111,7 +138,7 @@ def test_p_survives_when_a_dialogue_is_cut_from_the_left(tiny_tokenizer: Any, pl
         assert tally["cut"] == 1
         texts = [tiny_tokenizer.decode(group.prompt) for group in (plain, behind_p)]
         assert "bees" not in texts[0]
-        assert texts[1] == texts[0].replace("<|im_start|>user\n", "<|im_start|>user\nDo your best. ")
+        assert texts[1] == texts[0].replace(*PLACED[place])
         assert plain.responses == behind_p.responses
         assert plain.longest() <= limit
 
@@ -156,11 +183,16 @@ def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokeni
     [
         (
             {"source": "prompt"},
-            "source must be one of prompted, naive, shuffled, constant, random_prompt; got 'prompt'",
+            "source must be one of prompted, naive, shuffled, constant, random_prompt, contrastive; got 'prompt'",
         ),
-        ({"place": "first_turn"}, "place must be one of dialogue, last_turn; got 'first_turn'"),
+        ({"place": "first_turn"}, "place must be one of dialogue, last_turn, system, after; got 'first_turn'"),
         ({"source": "constant"}, "only if loss.refinement.source=constant (got constant=0, source=constant)"),
         ({"constant": 0.5}, "only if loss.refinement.source=constant (got constant=0.5, source=prompted)"),
+        ({"negative_prompt": "Do badly."}, "negative_prompt has no effect with loss.refinement.source=prompted"),
+        (
+            {"source": "contrastive", "negative_prompt": " "},
+            "loss.refinement.negative_prompt is empty: give the text p⁻",
+        ),
         ({"normalise": "std"}, "normalise must be one of none, rms, zscore; got 'std'"),
         ({"source": "constant", "constant": 0.5, "normalise": "rms"}, "normalise=rms has no use with"),
         ({"prompt": "Do well.", "scale": 10}, "has no effect, because loss.refinement.prompt has no {scale}"),
@@ -200,3 +232,28 @@ def test_empty_p_is_refused_by_name(prompt: str) -> None:
 def test_scale_below_one_is_refused_by_name(scale: int) -> None:
     with pytest.raises(SelfalignError, match=rf"loss\.refinement\.scale must be 1 or more, got {scale}"):
         Refinement(scale=scale)
+
+
+def test_contrastive_pairs_have_the_same_responses_behind_both_prompts(tiny_tokenizer: Any) -> None:
+    pair = PreferencePair(id="a", prompt=[{"role": "user", "content": "Why?"}], chosen="So.", rejected="No.")
+    contrast = Refinement(source="contrastive", prompt="Do well. ", negative_prompt="Do badly. ")
+    (example,) = encode_pairs(tiny_tokenizer, [pair], contrast, 500, Counter())
+    assert example.augmented is not None
+    assert example.negative is not None
+    texts = [tiny_tokenizer.decode(group.prompt) for group in example.passes]
+    assert [text.count("Do well. Why?") for text in texts] == [0, 1, 0]
+    assert [text.count("Do badly. Why?") for text in texts] == [0, 0, 1]
+    assert example.plain.responses == example.augmented.responses == example.negative.responses
+    assert len(example) == sum(map(len, example.passes))
+    assert len(example.sequences()) == 6
+
+
+def test_contrast_has_no_pass_of_the_reference() -> None:
+    loss = SrDPO(refinement=Refinement(source="contrastive", prompt="Do well. ", normalise="rms"))
+    assert to_key_json(loss)["refinement"]["negative_prompt"] == NEGATIVE_PROMPT, "in the key once it is used"
+    assert reference_augmentation_of(loss) is None
+    assert augmentation_of(loss) == Refinement(source="contrastive", prompt="Do well. ")
+    assert Refinement(source="contrastive", prompt="Do well. ").given_p() == Refinement(prompt="Do well. ")
+    for source in ("prompted", "random_prompt"):
+        loss = SrDPO(refinement=Refinement(source=source))
+        assert reference_augmentation_of(loss) == augmentation_of(loss) == Refinement(source=source)

@@ -598,7 +598,7 @@ def test_label_smoothing_of_a_given_pair_is_kept_and_stands_in_no_other_line(tmp
     assert read_pairs(str(tmp_path / "pairs.jsonl"))[0] == pairs
     for wrong in (1, -0.1):
         row = STANDARD | {"label_smoothing": wrong}
-        with pytest.raises(SelfalignError, match=rf"b.jsonl:1: label_smoothing must be from 0 to below 1, got {wrong}"):
+        with pytest.raises(SelfalignError, match=rf"b.jsonl:1: label_smoothing must be from 0 to 1, got {wrong}"):
             read_pairs(write_rows(tmp_path / "b.jsonl", row))
-    with pytest.raises(ValueError, match=r"pair c: label_smoothing must be from 0 to below 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"pair c: label_smoothing must be from 0 to 1, got 1\.5"):
         PreferencePair(id="c", prompt="", chosen="a", rejected="b", label_smoothing=1.5)

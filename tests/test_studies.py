@@ -30,9 +30,10 @@ from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seed_data import EFTSource
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-OTHERS = ["thought_preference", "meta_rewarding", "meta_rewarding_small"]
-"""Studies of papers whose values are in no table."""
-SMALL = [name for name in STUDIES if name.endswith("_small") and name not in OTHERS]
+RECIPES = ["spin", "temporal", "cream", "meta_rewarding"]
+"""Loops that came after the two papers."""
+
+SMALL = [name for name in STUDIES if name.endswith("_small") and name.removesuffix("_small") not in RECIPES]
 PAPERS = [name.removesuffix("_small") for name in SMALL]
 
 FOUR_LOSSES = {"loss": "dpo,ipo,sr_dpo,sr_ipo"}
@@ -107,9 +108,23 @@ def study(name: str, *overrides: str) -> ExperimentConfig:
 
 def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> None:
     assert set(PAPERS) == PAPER.keys() == SWEEPS.keys()
-    assert set(STUDIES) == {"smoke", "demo", *OTHERS, *PAPERS, *SMALL}
-    for name in OTHERS:
-        assert f"M{study(name).iterations + 1}" in planned(study(name))
+    assert set(STUDIES) == {
+        "smoke",
+        "demo",
+        "thought_preference",
+        *PAPERS,
+        *SMALL,
+        *RECIPES,
+        *(f"{name}_small" for name in RECIPES),
+    }
+
+
+@pytest.mark.parametrize("name", [name for recipe in RECIPES for name in (recipe, f"{recipe}_small")])
+def test_every_recipe_is_planned_at_both_sizes_and_has_a_line_in_the_docs(name: str) -> None:
+    config = composed(f"experiment={name}")[0]
+    assert config.name == name
+    assert f"M{config.iterations + 1}" in planned(config)
+    assert f"experiment={name.removesuffix('_small')}`" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -30,6 +30,7 @@ class BenchmarkContext:
         judge: the policy that judges its answers; None for a server, or if nothing is judged.
         engine: the engine that generates.
         seed: of all random draws.
+        reference: the policy that the judging policy was trained from, for judges that compare the two.
     """
 
     key: str
@@ -38,6 +39,7 @@ class BenchmarkContext:
     judge: PolicyCheckpoint | None
     engine: Engine
     seed: int
+    reference: PolicyCheckpoint | None = None
 
     @property
     def name(self) -> str:
@@ -53,7 +55,9 @@ class BenchmarkContext:
 
     def judge_context(self, journal: Journal) -> JudgeContext:
         """Return the context of the judge."""
-        return JudgeContext(journal=journal, policy=self.judge, reference=None, engine=self.engine, seed=self.seed)
+        return JudgeContext(
+            journal=journal, policy=self.judge, reference=self.reference, engine=self.engine, seed=self.seed
+        )
 
 
 class Benchmark(Protocol):

@@ -11,16 +11,18 @@ from dataclasses import fields
 from typing import Any
 
 from selfalign.benchmarks.grading import Grader
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
-from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.comparator import ComparatorSettings
+from selfalign.judges.criteria import CriteriaSource, criteria_of
 from selfalign.judges.panel import Panel, judges_in
-from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
-from selfalign.losses.protocol import Offset, ScheduledLoss, refinement_of
+from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, head_of, other_scale, verifies
+from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
@@ -70,6 +72,8 @@ def check_experiment(config: ExperimentConfig) -> None:
 def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
     """Check that EFT and the SFT baseline have the data and the judge that they need."""
     seeds = config.data.seed_data
+    if config.evaluate.sft_baseline and not seeds.fine_tune:
+        raise SelfalignError("evaluate.sft_baseline=true trains the SFT baseline: set data.seed_data.fine_tune=true")
     if config.evaluate.sft_baseline and not (seeds.demonstrations and seeds.ranked):
         raise SelfalignError(
             "evaluate.sft_baseline=true needs data.seed_data.demonstrations to train the SFT baseline, and "
@@ -90,6 +94,25 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         config.loss.check_iterations(config.iterations)
     if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    if isinstance(config.pair, PairRule) and config.pair.consistency != "none":
+        if not isinstance(config.loss, SmoothedLoss):
+            raise SelfalignError(
+                f"pair.consistency={config.pair.consistency} gives pairs a label smoothing, which {config.loss.title} "
+                "has no use for: choose loss=dpo or loss=sr_dpo"
+            )
+        if not asks_a_policy(config.judge) or config.judge.model not in OWN_MODELS:
+            raise SelfalignError(
+                f"pair.consistency={config.pair.consistency} compares the judging of two models of the run: choose a "
+                "judge that is one, such as judge=expected_score judge.model=self"
+            )
+        if isinstance(config.judge, ImplicitReward):
+            raise SelfalignError(
+                "pair.consistency cannot be used with judge=implicit: M0 has no reference policy. Choose another judge"
+            )
+        if config.judge.model == config.pair.consistent_with:
+            raise SelfalignError(
+                f"pair.consistent_with={config.pair.consistent_with} and judge.model are the same judge: choose another"
+            )
 
 
 def _check_meta_judge(config: ExperimentConfig) -> None:
@@ -132,11 +155,18 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 def _check_judge(config: ExperimentConfig) -> None:
     """Check that the judge can do what the settings require of it."""
     seeds, judge = config.data.seed_data, config.judge
+    if any(map(verifies, judges_in("judge", judge).values())):
+        _check_verifiable(config)
+    if verifies(config.evaluate.preference_pairs.judge):
+        raise SelfalignError(
+            "evaluate.preference_pairs.judge cannot be verifier: pairs do not say what is right. Choose another judge"
+        )
     teaches = seeds.ranked and seeds.eft_source == EFTSource.human
     if teaches and not isinstance(judge, Pairwise) and fault_of(judge, TeachableJudge):
         raise SelfalignError(
             f"the judge {type(judge).__name__} writes no judgements to fine-tune on: set data.seed_data.eft_source=none"
         )
+    _check_given_criteria(config)
     if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
         raise SelfalignError(
             "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
@@ -183,6 +213,39 @@ def _check_iterations(config: ExperimentConfig) -> None:
             check_counts(own)
         except SelfalignError as error:
             raise SelfalignError(f"{key}: {error}") from error
+
+
+def _check_verifiable(config: ExperimentConfig) -> None:
+    """Check that a judge that checks what instructions say is right gets only instructions that can say it."""
+    data, kind = config.data, type(config.judge).__name__
+    if isinstance(data, SelfRewarding) and not data.instruct.source:
+        raise SelfalignError(
+            f"the judge {kind} checks what an instruction says is right, and written ones say nothing: set "
+            "data=verifiable, or data.instruct.source to instructions that do"
+        )
+    if data.seed_data.ranked:
+        raise SelfalignError(
+            f"the judge {kind} cannot judge ranked answers, whose questions do not say what is right: set "
+            "data.seed_data.ranked=''"
+        )
+
+
+def _check_given_criteria(config: ExperimentConfig) -> None:
+    """Check that a judge that takes the criteria of the data judges nothing but instructions from data."""
+    lacking = {"evaluate.preference_pairs.judge": "pairs have no criteria"}
+    if isinstance(data := config.data, SelfRewarding) and not data.instruct.source:
+        lacking["judge"] = "instructions that a model writes have none: set data.instruct.source"
+    judged = [
+        (place, criteria_of(member), why)
+        for key, why in lacking.items()
+        for place, member in judges_in(key, _judges(config)[key]).items()
+    ]
+    for key, criteria, why in judged:
+        if criteria is not None and criteria.source == CriteriaSource.given:
+            raise SelfalignError(
+                f"{key}.criteria.source=given takes the criteria of the data, but {why}; or set "
+                f"{key}.criteria.source=written"
+            )
 
 
 def check_counts(config: ExperimentConfig) -> None:
@@ -304,12 +367,14 @@ def other_forms(config: ExperimentConfig) -> list[str]:
     lines: list[str] = []
     for key, judge in _judges(config).items():
         forms: list[str] = []
-        if isinstance(judge, PairwiseComparator):
-            forms = ["[[A]]", "[[B]]"]
+        if isinstance(judge, ComparatorSettings):
+            forms = [*judge.forms]
         elif isinstance(judge, Grader) and not judge.prompts:
             forms = ["[["]
         elif isinstance(judge, WrittenScore | ExpectedScore):
             forms = ["Score:"]
+        elif criteria_of(judge) is not None:
+            forms = ["Answer: Yes", "Answer: No"]
         if absent := [form for form in forms if form.casefold() not in judge.prompt.casefold()]:
             lines.append(
                 f"{key}.prompt does not ask for {' or '.join(absent)}, and nothing else is read as the verdict"
@@ -338,7 +403,8 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         unread = rf"train\.align(?!\.({read})$)" if asked.preference_pairs.source else r"train\.align"
         yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes with train.sft and aligns nothing"
     elif not config.trains_m1:
-        yield r"train\.sft", "there are no demonstrations, so M1 is M0"
+        why = "there are no demonstrations" if config.data.seed_data.fine_tune else "data.seed_data.fine_tune=false"
+        yield r"train\.sft", f"{why}, so M1 is M0"
     if not train.checkpoint_selection.interval_steps:
         yield (
             r"train\.checkpoint_selection(?!\.(interval_steps|instructions)$)",
@@ -355,7 +421,8 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"hub\.(repo_id|private)", "hub.push=false pushes nothing to a hub"
     if not config.dry_run:
         yield "price_per_hour", "only dry_run=true estimates the cost of a run"
-    if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions):
+    tested = any(isinstance(one, JudgeTest) and one.judge is None for one in config.benchmark.values())
+    if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions or tested):
         yield "judge", "pairs are given, and there are no responses or ranked questions to score"
 
 
@@ -383,16 +450,32 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"loss\.refinement\.(prompt|place|scale)", why
     for key, comparator in _judges(config).items():
         served = asks_a_server(comparator)
-        if isinstance(comparator, PairwiseComparator):
+        if isinstance(comparator, ComparatorSettings):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"
-            yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
+            why = "a server compares" if served else "a policy's verdict is read from its probabilities"
+            yield rf"{re.escape(key)}\.({unread})", why
         elif isinstance(comparator, Grader):
             yield from _idle_grading(key, comparator)
-    if asked.instructions and (asks_a_server(config.judge) or isinstance(config.judge, Pairwise)):
-        why = "a server scores the answers" if asks_a_server(config.judge) else "judge=pairwise scores no single answer"
+        criteria = criteria_of(comparator)
+        if criteria is not None and criteria.source == CriteriaSource.given:
+            writing = "model|count|prompt|retries|sampling"
+            yield rf"{re.escape(key)}\.criteria\.({writing})", f"{key}.criteria.source=given writes none"
+    why = _scores_of_one_judge(config.judge)
+    if asked.instructions and why:
         yield r"evaluate\.judge", why
     if not any(compares_on(asked, benchmark) for benchmark in config.benchmark.values()):
         yield r"evaluate\.compare_benchmarks", "benchmark selects neither MT-Bench nor Vicuna-Bench"
+
+
+def _scores_of_one_judge(judge: Any) -> str:
+    """Return why no model of the run scores the evaluation answers; empty if one does."""
+    if asks_a_server(judge):
+        return "a server scores the answers"
+    if isinstance(judge, Pairwise):
+        return "judge=pairwise scores no single answer"
+    if head_of(judge) is not None:
+        return "a reward model scores the answers"
+    return "" if asks_a_policy(judge) or isinstance(judge, Panel) else "no model scores the answers"
 
 
 def _idle_grading(key: str, grader: Grader) -> Iterator[tuple[str, str]]:
@@ -490,8 +573,8 @@ def _check_scores(config: ExperimentConfig) -> None:
     if low is None or high is None:
         if config.loss.offset is Offset.win_shares:
             raise SelfalignError(
-                f"the loss {config.loss.title} needs shares of wins, but the scores of {type(judge).__name__} have no "
-                "ends: choose judge=pairwise with judge.max_score=1"
+                f"judge: the loss {config.loss.title} needs shares of wins from 0 to 1, but the scores of "
+                f"{type(judge).__name__} have no ends: choose judge=pairwise with judge.max_score=1"
             )
         return
     if isinstance(rule, PositivesOnly) and rule.minimum_score > high:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.protocol import Benchmark
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
@@ -62,6 +63,8 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
     for name, benchmark in config.benchmark.items():
         if is_dataclass(benchmark):
             yield f"benchmark.{name}", benchmark, (Benchmark,)
+        if isinstance(benchmark, JudgeTest) and benchmark.judge is not None:
+            yield f"benchmark.{name}.judge", benchmark.judge, COMPONENTS["judge"]
 
 
 def fault_of(component: object, kind: type) -> str:

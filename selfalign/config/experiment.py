@@ -102,6 +102,6 @@ class ExperimentConfig:
 
     @property
     def trains_m1(self) -> bool:
-        """Whether M1 is trained. Without demonstrations, M1 is M0."""
+        """Whether M1 is trained. Without demonstrations to train on, M1 is M0."""
         seeds = self.data.seed_data
-        return bool(seeds.demonstrations or (seeds.ranked and seeds.eft_source == EFTSource.human))
+        return seeds.fine_tune and bool(seeds.demonstrations or (seeds.ranked and seeds.eft_source == EFTSource.human))

@@ -4,20 +4,17 @@ A class is imported only if a configuration file names it. The folder of a packa
 package, so that a broken package only affects runs that choose its options.
 """
 
-import importlib
 import importlib.util
 import logging
-import sys
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 
-from selfalign.core.errors import SelfalignError, one_line
-from selfalign.store.source_code import source_code
+from selfalign.core.errors import SelfalignError
+from selfalign.store.source_code import import_code, source_code
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +87,7 @@ def import_component(name: str) -> type:
         SelfalignError: it does not exist, its module cannot be imported, or it is no class that can hold settings.
     """
     place, _, kind = name.rpartition(".")
-    module = _import(place)
+    module = import_code(place)
     found = getattr(module, kind, None)
     if not isinstance(found, type):
         near = get_close_matches(kind, [one for one, what in vars(module).items() if isinstance(what, type)], n=1)
@@ -104,29 +101,3 @@ def import_component(name: str) -> type:
         raise SelfalignError(f"{name} does not define what its base requires: {', '.join(left)}")
     source_code(found)
     return found
-
-
-def _import(place: str) -> ModuleType:
-    """Import a module. The current folder is searched if the module is nowhere else.
-
-    Raises:
-        SelfalignError: there is no such module, or it fails.
-    """
-    package = place.partition(".")[0]
-    if (
-        package.isidentifier()
-        and importlib.util.find_spec(package) is None
-        and (here := str(Path.cwd())) not in sys.path
-    ):
-        sys.path.append(here)
-        importlib.invalidate_caches()
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise SelfalignError(f"cannot import {place}: {one_line(error)}") from error
-        raise SelfalignError(
-            f"no module {error.name}; it is looked for among installed packages, on PYTHONPATH and in {Path.cwd()}"
-        ) from error
-    except Exception as error:
-        raise SelfalignError(f"cannot import {place}: {type(error).__name__}: {one_line(error)}") from error

@@ -19,6 +19,9 @@ Refusal = HydraException | OmegaConfBaseException
 MOST_PLACES = 3
 """Maximum number of suggestions. A key with more owners does not tell which one was meant."""
 
+FUNCTION = "function"
+"""Last part of settings that name a function of the user's to be called."""
+
 PLACES = ("name", "output_dir", "hub.repo_id")
 """Settings whose values are free texts. All other keys without a dot choose options."""
 
@@ -127,12 +130,18 @@ def _in_quotes(text: str) -> str:
     return f'"{escaped}"'
 
 
-def check_recorded(overrides: Iterable[str], place: Path) -> None:
+def check_recorded(overrides: Iterable[str], place: Path, command: Iterable[str] = ()) -> None:
     """Check that the overrides of a run folder only choose existing options, and bring no code of their own.
 
+    Args:
+        overrides: those of the run folder.
+        place: the folder.
+        command: the overrides of the command line, which come after them. A function that these name may be called.
+
     Raises:
-        SelfalignError: one names a folder of options, or a class.
+        SelfalignError: one names a folder of options, a class, or a function that the command does not name.
     """
+    given = {override.key_or_group for override in OverridesParser.create().parse_overrides(list(command))}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group.lstrip("/")
         is_choice = ("." not in key or "/" in key or override.package is not None) and key not in PLACES
@@ -140,6 +149,18 @@ def check_recorded(overrides: Iterable[str], place: Path) -> None:
             raise SelfalignError(
                 f"{place}: its setting {override.input_line!r} could bring code of its own, which is not run"
             )
+        named = key.rpartition(".")[2] == FUNCTION or _has_key(override.value(), FUNCTION)
+        if named and override.key_or_group not in given:
+            raise SelfalignError(
+                f"{place}: its setting {override.input_line!r} names a function, which is called only if the command "
+                f"names it: if it is yours, give {shlex.quote(str(override.input_line).lstrip('+'))}"
+            )
+
+
+def _has_key(value: object, name: str) -> bool:
+    """Whether a mapping, or one inside it, has this key."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return any(str(key) == name or _has_key(item, name) for key, item in items)
 
 
 def _command() -> str:

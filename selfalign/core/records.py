@@ -5,6 +5,7 @@ policy's weights), so that a later stage can check what it is given. The fields 
 `.jsonl` files in a run folder.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -96,11 +97,31 @@ class Demonstration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Criterion:
+    """A statement that is true of a response or not, and its weight.
+
+    With a negative weight it states a mistake, which the response should avoid.
+    """
+
+    text: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.text.strip() or not math.isfinite(self.weight) or not self.weight:
+            raise ValueError(f"a criterion needs a text and a finite weight other than 0, got {self}")
+
+
+Criteria = list[Criterion] | msgspec.UnsetType
+"""The criteria of a record. Where there are none, the record's line has no such field."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Instruction:
     """A task. `source`: "self" (a model wrote it in this run), "given" (read), "ranked" or "evaluation" (held out).
 
     `turns` is the conversation that asks it, where that is more than one user turn. `text` is then the conversation to
-    read, with its roles: what judges and people see.
+    read, with its roles: what judges and people see. `answer` and `constraints` say what is right, where that can be
+    checked (`data/verifiable.py`). `criteria` are what its responses are judged by, where it has criteria of its own.
     """
 
     id: str
@@ -108,6 +129,9 @@ class Instruction:
     source: str
     category: str = ""
     turns: list[Message] = field(default_factory=list)
+    answer: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    constraints: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    criteria: Criteria = msgspec.UNSET
 
     @property
     def prompt(self) -> list[Message]:
@@ -121,7 +145,7 @@ class RankedAnswers:
     ties.
 
     `scores` and `justifications` are what a human judge gave; empty where only the order is known. `turns` is the
-    conversation that `instruction` shows, as in `Instruction`.
+    conversation that `instruction` shows, and `criteria` are its own, as in `Instruction`.
     """
 
     id: str
@@ -131,6 +155,7 @@ class RankedAnswers:
     scores: list[int]
     justifications: list[str]
     turns: list[Message] = field(default_factory=list)
+    criteria: Criteria = msgspec.UNSET
 
     @property
     def prompt(self) -> list[Message]:
@@ -257,7 +282,7 @@ class PreferencePair:
     are those before it, of which the first is the assistant's; `chosen_calls` are the tool calls of the last answer.
     So with `rejected_turns` and `rejected_calls`.
 
-    `label_smoothing` is ε of this pair, from 0 to below 1: how likely it is in the wrong order. Where it is not given,
+    `label_smoothing` is ε of this pair, from 0 to 1: how likely it is in the wrong order. Where it is not given,
     the record's line has no such field, and the loss has its own ε.
     """
 
@@ -284,8 +309,8 @@ class PreferencePair:
     label_smoothing: float | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        if self.label_smoothing is not msgspec.UNSET and not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"pair {self.id}: label_smoothing must be from 0 to below 1, got {self.label_smoothing}")
+        if self.label_smoothing is not msgspec.UNSET and not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"pair {self.id}: label_smoothing must be from 0 to 1, got {self.label_smoothing}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
 """Sources of given data: files, folders and data sets on the hub, each read as rows with their place.
 
-A source is "shipped:NAME" (the seed data in this package), a file of JSON (a row a line, a list of rows, or one row),
-CSV, TSV (these may be packed by gzip), parquet or Arrow, a folder ("FOLDER:SPLIT", split "train" by default) that
-`datasets.save_to_disk` wrote or that holds such files, or a hub id "owner/name", "owner/name:split",
-"owner/name:config:split", each with "@revision" behind the name where it is not the newest.
+A source is "shipped:NAME" (the seed data in this package, or tasks that are made from a seed), a file of JSON (a row a
+line, a list of rows, or one row), CSV, TSV (these may be packed by gzip), parquet or Arrow, a folder ("FOLDER:SPLIT",
+split "train" by default) that `datasets.save_to_disk` wrote or that holds such files, or a hub id "owner/name",
+"owner/name:split", "owner/name:config:split", each with "@revision" behind the name where it is not the newest.
 """
 
 import ast
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.files import PACKAGE, digest_file, digest_folder, digest_json, path_of, read_lines
+from selfalign.data.tasks import TaskSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,6 +82,10 @@ class HubData:
         return self.revision if COMMIT.fullmatch(self.revision) else _commit_of(self.name, self.revision)
 
 
+Places = list[Path] | HubData | TaskSource
+"""Where the rows of a source are: in files and saved folders, on the hub, or nowhere until they are made."""
+
+
 def read_rows(source: str) -> Iterator[Placed]:
     """Yield a source's rows, each with its place: "file:line", or "file row N" counted from 0 in tables and lists.
 
@@ -88,7 +93,13 @@ def read_rows(source: str) -> Iterator[Placed]:
         SelfalignError: there is no such source, it cannot be read, or it has no row.
     """
     places = _places_of(source)
-    rows = _hub_rows(source, places) if isinstance(places, HubData) else chain.from_iterable(map(_rows_at, places))
+    match places:
+        case HubData():
+            rows = _hub_rows(source, places)
+        case TaskSource():
+            rows = places.placed(source)
+        case _:
+            rows = chain.from_iterable(map(_rows_at, places))
     empty = True
     for where, row in rows:
         empty = False
@@ -100,32 +111,45 @@ def read_rows(source: str) -> Iterator[Placed]:
 
 
 def find_data(source: str, key: str) -> list[Path] | None:
-    """Return the files and saved folders of a data source, unread; None for a data set on the hub.
+    """Return the files and saved folders of a data source, unread; None where it is in no file.
 
     Raises:
         SelfalignError: there is no such source; the message names the setting, `key`.
     """
-    try:
-        places = _places_of(source)
-        if not isinstance(places, HubData):
-            return places
-        assert places.commit
-        return None
-    except SelfalignError as error:
-        raise SelfalignError(f"{key}: {error}") from error
+    places = _found(source, key)
+    return places if isinstance(places, list) else None
 
 
 def identify_data(source: str, key: str) -> str:
-    """Return what a data source counts as in keys: the digest of its files, or a hub data set's commit and split.
+    """Return what a data source counts as in keys: the digest of its files or tasks, or a hub data set's commit, split.
 
     Raises:
         SelfalignError: as `find_data`.
     """
-    places = find_data(source, key)
-    if places is None:
+    places = _found(source, key)
+    if isinstance(places, TaskSource):
+        return places.digest
+    if isinstance(places, HubData):
         return hub_identity(source)
     digests = [digest_json(digest_folder(place)) if place.is_dir() else digest_file(place) for place in places]
     return digests[0] if len(digests) == 1 else digest_json(digests)
+
+
+def _found(source: str, key: str) -> Places:
+    """Return where the rows of a source are, with what is not in files looked up or made.
+
+    Raises:
+        SelfalignError: as `find_data`.
+    """
+    try:
+        places = _places_of(source)
+        if isinstance(places, HubData):
+            assert places.commit
+        if isinstance(places, TaskSource):
+            assert places.rows
+        return places
+    except SelfalignError as error:
+        raise SelfalignError(f"{key}: {error}") from error
 
 
 def hub_identity(source: str) -> str:
@@ -139,12 +163,14 @@ def hub_identity(source: str) -> str:
 # --- which files -------------------------------------------------------------------------------------------------
 
 
-def _places_of(source: str) -> list[Path] | HubData:
-    """Return the files and saved folders with a source's rows, in their order, or the hub data that it names.
+def _places_of(source: str) -> Places:
+    """Return the files and saved folders with a source's rows, in their order, or the hub data or tasks that it names.
 
     Raises:
         SelfalignError: there is nothing that could be read.
     """
+    if (tasks := TaskSource.parse(source)) is not None:
+        return tasks
     if source.startswith("shipped:"):
         return [_existing(SHIPPED / f"{source.removeprefix('shipped:')}.jsonl")]
     path = path_of(source)

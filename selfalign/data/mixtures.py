@@ -76,7 +76,7 @@ def data_source(value: Any, key: str) -> DataSource:
 
 
 def find_sources(source: DataSource, key: str) -> list[Path | None]:
-    """Return the files and saved folders of a data source, unread; None stands for a data set on the hub.
+    """Return the files and saved folders of a data source, unread; None stands for data in no file, as on the hub.
 
     Raises:
         SelfalignError: there is no such source; the message names the setting, `key`.

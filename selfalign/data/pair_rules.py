@@ -7,8 +7,9 @@ enough, in score and in words. Every pair that a rule would have given and that 
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from random import Random
 from typing import Any, Self
 
@@ -50,6 +51,11 @@ class PairRule(ABC):
         max_similarity: pairs are dropped whose texts reach this ROUGE-L F1 of words, from 0 to 1; whatever it is,
             equal texts make no pair.
         minimum_pairs: the run stops when fewer pairs are left.
+        consistency: judges the responses a second time, by `consistent_with`, and takes the share of an instruction's
+            response pairs that both judges order alike as its consistency C (ties count half; (τ+1)/2 of CREAM, arXiv
+            2410.12735). ε = 1 - C becomes the pairs' label smoothing: "each" takes the C of the instruction, "mean"
+            that of all, and "none" judges once.
+        consistent_with: the model that judges a second time: "previous" (M_{t-1}), "sft" (M1) or "base" (M0).
     """
 
     minimum_margin: float = 0.0
@@ -57,8 +63,14 @@ class PairRule(ABC):
     finished_only: bool = False
     max_similarity: float = 0.95
     minimum_pairs: int = 1
+    consistency: str = field(default="none", metadata={"keyed": "if set"})
+    consistent_with: str = field(default="previous", metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
+        if self.consistency not in ("none", "mean", "each"):
+            raise SelfalignError(f"pair.consistency must be none, mean or each, got {self.consistency!r}")
+        if self.consistent_with not in ("previous", "sft", "base"):
+            raise SelfalignError(f"pair.consistent_with must be previous, sft or base, got {self.consistent_with!r}")
         if not 0 <= self.minimum_margin < math.inf:
             raise SelfalignError(f"pair.minimum_margin must be 0 or more, got {self.minimum_margin}")
         rhos = self.length_control if isinstance(self.length_control, list) else [self.length_control]
@@ -215,6 +227,10 @@ class ByWriter(PairRule):
                 f"pair.length_control={self.length_control} has no effect with pair=by_writer, whose responses come "
                 "from two writers: remove it"
             )
+        if not self.by_score and self.consistency != "none":
+            raise SelfalignError(
+                f"pair.consistency={self.consistency} compares scores, and pair.by_score=false has none: set none"
+            )
         if not self.by_score and self.minimum_margin:
             raise SelfalignError(
                 f"pair.minimum_margin={self.minimum_margin} has no effect with pair.by_score=false: remove it"
@@ -307,6 +323,16 @@ def against_pair(rule: PairRule, chosen: ScoredResponse, rejected: ScoredRespons
         return "empty_response"
     alike = Indel.normalized_similarity(pieces_of(one), pieces_of(other))
     return "near_identical" if alike >= rule.max_similarity else None
+
+
+def agreement(scores: Mapping[str, float], others: Mapping[str, float]) -> float | None:
+    """Return the share of response pairs that two judges order alike, where a tie counts half; None without a pair.
+
+    It is (τ+1)/2 with Kendall's τ-a: the consistency of CREAM, arXiv 2410.12735.
+    """
+    both = [(score, others[name]) for name, score in scores.items() if name in others]
+    orders = [(one[0] - two[0]) * (one[1] - two[1]) for one, two in combinations(both, 2)]
+    return sum(0.5 if order == 0 else float(order > 0) for order in orders) / len(orders) if orders else None
 
 
 def _first_against(best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], count: int) -> Picked:

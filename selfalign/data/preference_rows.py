@@ -35,8 +35,8 @@ def read_pair(row: Row, drops: Counter[str]) -> PreferencePair | None:
             check_prompt(row, [*prompt, *tail.turns])
     better, worse = (row.number(*names) for names in SCORES)
     smoothing = row.number(SMOOTHING)
-    if smoothing is not None and not 0 <= smoothing < 1:
-        row.refuse(f"{SMOOTHING} must be from 0 to below 1, got {smoothing}")
+    if smoothing is not None and not 0 <= smoothing <= 1:
+        row.refuse(f"{SMOOTHING} must be from 0 to 1, got {smoothing}")
     if reason := against_tails(chosen, rejected, better, worse):
         drops[reason] += 1
         return None

@@ -69,6 +69,9 @@ SMOOTHING = "label_smoothing"
 ENDED = ("chosen_finished", "rejected_finished")
 """Fields of pairs.jsonl that tell whether an answer ended by itself. A given one does."""
 
+CRITERIA = ("criteria", "rubric", "rubrics")
+"""Fields with what responses to an instruction are judged by."""
+
 SCORES = tuple(
     (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}-score")
     for side in ("chosen", "rejected")
@@ -83,7 +86,8 @@ SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>"
 
 READ = {
     "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", SMOOTHING, *TAILS,
-    *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)),
+    *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)), "constraints",
+    *CRITERIA,
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 
@@ -103,12 +107,16 @@ MEANINGS = {
     **dict.fromkeys(INPUTS, "the user's turn, below the instruction"),
     **dict.fromkeys(ANSWERS, "the response"),
     "responses": "ranked answers",
+    **dict.fromkeys(CRITERIA, "criteria"),
     **{name: side for names in SIDES[:2] for name, side in zip(names, ("chosen", "rejected"), strict=True)},
     "rejected_response": "rejected",
     SMOOTHING: "the label smoothing of the pair",
     **{name: f"the score of {side}" for names, side in zip(SCORES, SIDES[0], strict=True) for name in names},
 }
 """{field: what it is read as}, in the order of a prompt."""
+
+CHECKS = {"answer": "the right answer", "constraints": "what is to be checked"}
+"""{field of an instruction that says what is right: what it is read as}."""
 
 TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 """Beginning of a text that spells a list of turns, as JSON or as Python."""

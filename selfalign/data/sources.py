@@ -17,12 +17,15 @@ from msgspec import UNSET
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.records import Demonstration, Instruction, Message, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.containers import Placed, read_rows
+from selfalign.data.criteria import read_criteria
 from selfalign.data.mixtures import DataSource, mix, renamed
 from selfalign.data.preference_rows import read_pair
 from selfalign.data.rows import (
     ANSWERS,
     BESIDE,
+    CHECKS,
     CONVERSATIONS,
+    CRITERIA,
     INSTRUCTIONS,
     MARKS,
     MEANINGS,
@@ -59,6 +62,7 @@ from selfalign.data.turns import (
     said,
     spoken,
 )
+from selfalign.data.verifiable import read_checks
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +97,8 @@ WANTED = {
 
 USED = {
     "demonstrations": {*TASK, *ANSWERS, *MARKS, "tools", "response_calls"},
-    "instructions": {*TASK, "category"},
-    "ranked answers": {*TASK, "responses"},
+    "instructions": {*TASK, "category", *CHECKS, *CRITERIA},
+    "ranked answers": {*TASK, *CRITERIA, "responses"},
     "pairs": {*TASK, "responses", "tools", *TAILS, *chain.from_iterable((*SIDES, *SCORES))},
 }
 """{kind of record: the fields that it is read from}."""
@@ -175,12 +179,14 @@ def _check_demonstrations(source: DataSource, found: Sequence[Demonstration]) ->
 def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
     """Return instructions without answers, and the number of dropped rows, by reason.
 
-    An instruction may be a conversation that ends with a user turn, or with an answer to it, which is left out.
+    An instruction may be a conversation that ends with a user turn, or with an answer to it, which is left out. Where a
+    row says what is right, as `read_checks` has it, so does its instruction.
     """
 
     def read(row: Row, drops: Drops) -> Instruction:
         text, turns = _instruction(row, "instructions")
-        return Instruction(id="", text=text, source=kind, category=row.text("category"), turns=turns)
+        category, criteria, checks = row.text("category"), read_criteria(row), read_checks(row)
+        return Instruction(id="", text=text, source=kind, category=category, turns=turns, criteria=criteria, **checks)
 
     return _read(source, "instructions", {}, read, schema)
 
@@ -419,11 +425,14 @@ def _read_own(
             names.update(row.fields, _beside_turns(row, kind))
             spelled.update(row.spelled_gaps())
             unclear.update(name for name in MARKS if name in row.fields and mark_of(row, name) is None)
+            if kind == "instructions":
+                unclear.update(CHECKS.keys() & row.fields.keys() - read_checks(row).keys())
             yield row
 
     records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
     used = USED[kind] - unclear - (_other_sides(names) if kind == "pairs" else set())
-    if taken := [f"{name} as {MEANINGS[name]}" for name in MEANINGS if name in names & used]:
+    meanings = MEANINGS | (CHECKS if kind == "instructions" else {})
+    if taken := [f"{name} as {meanings[name]}" for name in meanings if name in names & used]:
         logger.info("%s: read %s", source, ", ".join(taken))
     if ignored := sorted(names - used):
         logger.info("%s: ignored the fields %s", source, ", ".join(ignored))
@@ -653,4 +662,5 @@ def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
         scores=list(map(int, scores)),
         justifications=[answer.justification for answer in answers],
         turns=turns,
+        criteria=read_criteria(row),
     )

@@ -39,8 +39,8 @@ PIECE = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation, and the same however its accents are encoded."""
     text = unicodedata.normalize("NFC", text).lower()
-    # Ten times as fast, and the same where there is neither.
-    return (WORD if UNLIKE_LATIN.search(text) else SIMPLE_WORD).findall(text)
+    # Faster, and the same where there is neither.
+    return (WORD if not text.isascii() and UNLIKE_LATIN.search(text) else SIMPLE_WORD).findall(text)
 
 
 def pieces_of(text: str) -> list[str]:

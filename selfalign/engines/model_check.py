@@ -35,6 +35,7 @@ from selfalign.models.chat_template import (
 )
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint, default_device
 from selfalign.models.logprobs import has_router_loss
+from selfalign.models.reward_model import RewardHead, labels_of, load_reward_model
 from selfalign.models.tokenizer import (
     RARE,
     Answer,
@@ -110,6 +111,37 @@ def check_model(files: PolicyCheckpoint, dtype: str) -> Counts:
     }
 
 
+def check_reward_model(files: PolicyCheckpoint, dtype: str, head: RewardHead) -> Counts:
+    """Check that a reward model can score: its weights, its vocabulary, its chat template, and its logits' weights.
+
+    Args:
+        files: the fetched model.
+        dtype: of its weights where there is no memory for float32.
+        head: how its logits are summed.
+
+    Returns:
+        What was found, for the manifest: the number of parameters, the context, and {logit: its weight}.
+
+    Raises:
+        SelfalignError: the model cannot be used, with the reason.
+    """
+    policy = load_reward_model(files, *roomiest(files, dtype))
+    check_finite(policy)
+    check_rows(policy)
+    tokenizer = policy.tokenizer
+    if not writes_all(tokenizer, ASKED) or altered_answer(tokenizer) is not None:
+        raise SelfalignError(
+            "judge.model: the chat template of this reward model leaves out or changes what is asked or answered. Put "
+            "another beside its weights, as chat_template.jinja"
+        )
+    labels = labels_of(policy.model)
+    return {
+        catalog.PARAMETERS.name: policy.model.num_parameters(),
+        catalog.CONTEXT.name: policy.context,
+        "weights": dict(zip(labels, head.resolve(labels), strict=True)),
+    }
+
+
 def roomiest(files: PolicyCheckpoint, dtype: str) -> tuple[str, str]:
     """Return (dtype, device) of the check: float32 if there is memory for it, on the accelerator if it fits there."""
     if files.quantization:
@@ -161,6 +193,15 @@ def check_vocabulary(policy: Policy) -> None:
             f"the tokenizer's control token {letters[0]!r} is a single character, so texts that contain it would be "
             "misread. Use a tokenizer whose control tokens are longer."
         )
+    check_rows(policy)
+
+
+def check_rows(policy: Policy) -> None:
+    """Check that every token has a row of the embedding.
+
+    Raises:
+        SelfalignError: a token has none.
+    """
     rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
     largest = max(policy.tokenizer.get_vocab().values())
     if largest >= rows:

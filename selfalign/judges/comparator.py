@@ -13,6 +13,7 @@ from selfalign.data.thinking import answer_given
 from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import score_batched
+from selfalign.engines.replies import Reply
 from selfalign.judges.comparisons import (
     OrderedPair,
     PairVerdict,
@@ -41,13 +42,8 @@ OPENING = "[["
 
 
 @dataclass(kw_only=True, slots=True)
-class PairwiseComparator:
-    """Compare two responses to one instruction in both orders.
-
-    The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass for each order. So
-    even a small model gives a verdict, and nothing has to be parsed or sampled. If the two orders disagree, the
-    comparison is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
-    An endpoint gives no probabilities: it writes greedily, and `[[A]]`, `[[B]]` or `[[C]]` is read from its text.
+class ComparatorSettings:
+    """Settings of judges that are shown two responses to one instruction, in both orders.
 
     Attributes:
         prompt: the question, a text or "file:PATH", with {instruction}, {first} and {second} where they belong.
@@ -56,8 +52,6 @@ class PairwiseComparator:
         verdict_tokens: the most tokens that the server writes.
         thought_tokens: the most tokens of a thought: of the server's beside its verdict, or of a greedy one that a
             policy with markers of thoughts writes before it; 0 reads a policy's verdict behind an empty thought.
-        debias_position: subtracts the judge's preference for the first position, estimated from other comparisons
-            (`position_bias_nats`). Without it a small model, which mostly prefers one position, gives ties.
         max_batch_tokens: the most tokens of a forward pass.
         max_failure_rate: the run stops when more than this share of the comparisons has no verdict.
     """
@@ -67,10 +61,11 @@ class PairwiseComparator:
     endpoint: Endpoint = field(default_factory=Endpoint)
     verdict_tokens: int = 512
     thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
-    debias_position: bool = False
     max_batch_tokens: int = 2048
     max_failure_rate: float = 0.5
     key: ClassVar[str] = "judge"
+    forms: ClassVar[tuple[str, ...]] = ("[[A]]", "[[B]]")
+    """Verdicts that the prompt has to ask for."""
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, f"{self.key}.prompt")
@@ -85,10 +80,129 @@ class PairwiseComparator:
         if self.thought_tokens < 0:
             raise SelfalignError(f"{self.key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
 
+    def check_tokenizer(self, tokenizer: "Tokenizer") -> None:
+        """Check that each verdict is a single token."""
+        verdict_tokens(tokenizer, self.key)
+
     def ask(self, instruction: str, first: str, second: str) -> Prompt:
         """Return the judge's prompt about two responses in this order, of which the judge sees the answers alone."""
         shown = {"first": answer_given(first), "second": answer_given(second)}
         return as_prompt(fill(self.prompt, {"instruction": instruction, **shown}))
+
+    def check_failures(self, unread: Unread, compared: int, label: str) -> None:
+        """Check that enough comparisons have a verdict.
+
+        Args:
+            unread: the comparisons without one.
+            compared: the number of all comparisons.
+            label: name of the comparison in messages.
+
+        Raises:
+            SelfalignError: too many have none, or all.
+        """
+        failed = unread.reasons
+        if failed.total() > self.max_failure_rate * compared or failed.total() == compared:
+            raise SelfalignError(
+                f"{label}: {failed.total()} of {compared} comparisons have no verdict ({dict(failed)}); "
+                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or raise "
+                f"{self.key}.max_failure_rate"
+            )
+
+    @property
+    def token_setting(self) -> str:
+        """The setting that limits the length of what the judge writes."""
+        return f"{self.key}.verdict_tokens" if self.endpoint.base_url else f"{self.key}.thought_tokens"
+
+    def name(self, context: JudgeContext) -> str:
+        """Return the name of the judge in records."""
+        return self.endpoint.name if self.endpoint.base_url else context.judging_policy().digest
+
+    def probe(self) -> dict[str, Any]:
+        """Return a request like any other, about two words."""
+        return self._request("Greet me.", "Hello.", "Hi.")
+
+    def _request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
+        asked = self.ask(instruction, first, second)
+        return {"messages": asked, "temperature": 0, "max_tokens": self.verdict_tokens + self.thought_tokens}
+
+    def _replies(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[Reply]:
+        """Return what a server writes about each ordered pair."""
+        requests = {
+            f"{ordered.pair.id}{'-swapped' * ordered.swapped}": self._request(
+                ordered.pair.instruction.text, *ordered.texts
+            )
+            for ordered in orders
+        }
+        client = context.client(self.endpoint, f"{self.key}.endpoint")
+        replies = list(client.complete_all(requests, context.journal, 1).values())
+        counts |= self.endpoint.usage(replies)
+        return replies
+
+    def _thoughts(self, context: JudgeContext, orders: Sequence[OrderedPair]) -> list[JudgeText | None]:
+        """Return the thought that a policy writes about each ordered pair; an empty one without a budget."""
+        if not (self.thought_tokens and orders):
+            return [JudgeText("", FinishReason.EOS)] * len(orders)
+        asked = [self.ask(ordered.pair.instruction.text, *ordered.texts) for ordered in orders]
+        return write_thoughts(context, asked, self.thought_tokens, orders[0].pair.id)
+
+    def _next_logps(
+        self,
+        context: JudgeContext,
+        orders: Sequence[OrderedPair],
+        thoughts: Sequence[JudgeText | None],
+        beginnings: Sequence[list[int]],
+        tokens: Sequence[int],
+    ) -> dict[int, list[list[float]]]:
+        """Return log p of the tokens behind `[[` and each beginning of a verdict, for each ordered pair that can be
+        asked.
+
+        The prompts of one instruction share their beginning, which is computed once.
+
+        Args:
+            context: the context of the judge.
+            orders: the ordered pairs.
+            thoughts: the judge's thought about each.
+            beginnings: tokens of a verdict that are given; an empty list for its first token.
+            tokens: the next tokens to read.
+
+        Returns:
+            {index of the ordered pair: a row for each beginning}. Pairs whose prompt is too long, or whose thought has
+            no end, are missing.
+        """
+        reader = context.reader(self.max_batch_tokens)
+        room = reader.context - max(map(len, beginnings))
+        prompts: dict[str, dict[tuple[int, int], list[int]]] = {}
+        for index, (ordered, thought) in enumerate(zip(orders, thoughts, strict=True)):
+            if thought is None or thought.still_thinking:
+                continue
+            asked = self.ask(ordered.pair.instruction.text, *ordered.texts)
+            ids = encode_prompt(reader.tokenizer, asked, OPENING, thought.thought)
+            if len(ids) < room:
+                own = prompts.setdefault(ordered.pair.instruction.id, {})
+                own |= {(index, at): [*ids, *beginning] for at, beginning in enumerate(beginnings)}
+        groups: list[SharedPrompt] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
+        read: dict[int, list[list[float]]] = {}
+        for group, rows in zip(groups, score_batched(reader, groups, tokens, context.journal, "verdicts"), strict=True):
+            for (index, _), row in zip(prompts[group.id], rows, strict=True):
+                read.setdefault(index, []).append(row)
+        return read
+
+
+@dataclass(kw_only=True, slots=True)
+class PairwiseComparator(ComparatorSettings):
+    """Compare two responses to one instruction in both orders.
+
+    The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass for each order. So
+    even a small model gives a verdict, and nothing has to be parsed or sampled. If the two orders disagree, the
+    comparison is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
+    An endpoint gives no probabilities: it writes greedily, and `[[A]]`, `[[B]]` or `[[C]]` is read from its text.
+
+    Attributes:
+        debias_position: subtracts the judge's preference for the first position, estimated from other comparisons
+            (`position_bias_nats`). Without it a small model, which mostly prefers one position, gives ties.
+    """
+
+    debias_position: bool = False
 
     def compare(self, context: JudgeContext, pairs: Sequence[ResponsePair]) -> tuple[list[Comparison], Counts]:
         """Compare each pair of responses in both orders. Return the comparisons and the judge's counts."""
@@ -115,7 +229,7 @@ class PairwiseComparator:
         comparisons, counts = self.compare(context, pairs)
         unread = Unread()
         unread.add((one.status, unread_text(one)) for one in comparisons if one.outcome is None)
-        self.check_read(unread, len(pairs), label)
+        self.check_failures(unread, len(pairs), label)
         longer = [float(len(pair.first.text) - len(pair.second.text)) for pair in pairs]
         known = [(c.outcome, length) for c, length in zip(comparisons, longer, strict=True) if c.outcome is not None]
         return comparisons, {
@@ -128,48 +242,12 @@ class PairwiseComparator:
             **counts,
         }
 
-    def check_read(self, unread: Unread, compared: int, label: str) -> None:
-        """Check that enough of the comparisons have a verdict.
-
-        Raises:
-            SelfalignError: too many have none, or all.
-        """
-        failed = unread.reasons
-        if failed.total() > self.max_failure_rate * compared or failed.total() == compared:
-            raise SelfalignError(
-                f"{label}: {failed.total()} of {compared} comparisons have no verdict ({dict(failed)}); "
-                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or raise "
-                f"{self.key}.max_failure_rate"
-            )
-
-    @property
-    def token_setting(self) -> str:
-        """The setting that limits the length of what the judge writes."""
-        return f"{self.key}.verdict_tokens" if self.endpoint.base_url else f"{self.key}.thought_tokens"
-
-    def name(self, context: JudgeContext) -> str:
-        """Return the name of the judge in records."""
-        return self.endpoint.name if self.endpoint.base_url else context.judging_policy().digest
-
     def _read(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[PairVerdict]:
-        """Return the likeliest verdict on each ordered pair. Those of one instruction share their beginning."""
-        asked = [self.ask(ordered.pair.instruction.text, *ordered.texts) for ordered in orders]
-        thoughts: list[JudgeText | None] = [JudgeText("", FinishReason.EOS)] * len(orders)
-        if self.thought_tokens and orders:
-            thoughts = write_thoughts(context, asked, self.thought_tokens, orders[0].pair.id)
-        reader = context.reader(self.max_batch_tokens)
-        tokens = verdict_tokens(reader.tokenizer, self.key)
-        prompts: dict[str, dict[int, list[int]]] = {}
-        for index, (ordered, thought) in enumerate(zip(orders, thoughts, strict=True)):
-            if thought is None or thought.still_thinking:
-                continue
-            ids = encode_prompt(reader.tokenizer, asked[index], OPENING, thought.thought)
-            if len(ids) < reader.context:
-                prompts.setdefault(ordered.pair.instruction.id, {})[index] = ids
-        groups: list[SharedPrompt] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
-        read: dict[int, list[float]] = {}
-        for group, rows in zip(groups, score_batched(reader, groups, tokens, context.journal, "verdicts"), strict=True):
-            read |= dict(zip(prompts[group.id], rows, strict=True))
+        """Return the likeliest verdict on each ordered pair."""
+        thoughts = self._thoughts(context, orders)
+        tokens = verdict_tokens(context.reader(self.max_batch_tokens).tokenizer, self.key)
+        rows = self._next_logps(context, orders, thoughts, [[]], tokens)
+        read = {index: row for index, [row] in rows.items()}
         preferences = position_bias_nats(orders, read)
         counts[catalog.JUDGE_PLACE_PREFERENCE.name] = math.fsum(preferences) / max(1, len(preferences))
         taken_off = preferences if self.debias_position else [0.0] * len(preferences)
@@ -180,27 +258,10 @@ class PairwiseComparator:
 
     def _ask(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[PairVerdict]:
         """Return the verdicts that a server writes."""
-        requests = {
-            f"{ordered.pair.id}{'-swapped' * ordered.swapped}": self._request(
-                ordered.pair.instruction.text, *ordered.texts
-            )
-            for ordered in orders
-        }
-        client = context.client(self.endpoint, f"{self.key}.endpoint")
-        replies = list(client.complete_all(requests, context.journal, 1).values())
-        counts |= self.endpoint.usage(replies)
         return [
             parse_verdict(reply.text, reply.finish_reason, ordered.texts)
-            for reply, ordered in zip(replies, orders, strict=True)
+            for reply, ordered in zip(self._replies(context, orders, counts), orders, strict=True)
         ]
-
-    def probe(self) -> dict[str, Any]:
-        """Return a request like any other, about two words."""
-        return self._request("Greet me.", "Hello.", "Hi.")
-
-    def _request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
-        asked = self.ask(instruction, first, second)
-        return {"messages": asked, "temperature": 0, "max_tokens": self.verdict_tokens + self.thought_tokens}
 
 
 def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:

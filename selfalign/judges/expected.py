@@ -89,6 +89,10 @@ class ExpectedScore(Rubric):
         """Return the text behind the opening, for evaluation fine-tuning: the score, after a justification if any."""
         return f"{justification}\n{PREFIX}{score}".lstrip() if self.rationale_tokens else str(score)
 
+    def check_tokenizer(self, tokenizer: "Tokenizer") -> None:
+        """Check that each score is a single token."""
+        score_tokens(tokenizer, self.min_score, self.max_score)
+
     def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of wanted judgements; justifications count too."""
         return len(subjects) * (2 if self.writes_first else 1)

@@ -26,6 +26,7 @@ from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Engine, Generator, LoadedEngine, TokenScorer
 from selfalign.metrics.accumulate import Sums
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.reward_model import RewardHead, RewardScorer, load_reward_model
 from selfalign.store.artifacts import Artifact, Counts
 from selfalign.store.journal import Journal
 
@@ -160,6 +161,14 @@ class JudgeContext:
         """Return the judging policy, loaded to score next tokens in batches of at most `max_batch_tokens`."""
         return self._only("reader", lambda: self.engine.load_scorer(self.judging_policy(), max_batch_tokens))
 
+    def reward_model(self, dtype: str, max_batch_tokens: int) -> RewardScorer:
+        """Return the judging model, loaded with its head to score conversations."""
+
+        def load() -> RewardScorer:
+            return RewardScorer(load_reward_model(self.judging_policy(), dtype), max_batch_tokens)
+
+        return self._only("reward model", load)
+
     def client(self, endpoint: Endpoint, key: str) -> Client:
         """Return the client of the judge's server. Messages name its settings as `key`.name."""
         self._client = self._client or endpoint.open(key)
@@ -259,6 +268,11 @@ def asks_a_policy(judge: Any) -> bool:
     return not asks_a_server(judge) and judge.model != NO_MODEL
 
 
+def verifies(judge: object) -> bool:
+    """Whether the judge checks what the instructions say is right, which they must then say."""
+    return getattr(judge, "verifies", False)
+
+
 def who_judges(judge: Any, policy: Artifact | None) -> str:
     """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
     if asks_a_server(judge):
@@ -269,6 +283,11 @@ def who_judges(judge: Any, policy: Artifact | None) -> str:
 def wants_model(judge: Any) -> bool:
     """Whether a model has to be loaded that only judges. There may be no judge at all."""
     return judge is not None and asks_a_policy(judge) and judge.model not in OWN_MODELS
+
+
+def head_of(judge: Any) -> RewardHead | None:
+    """Return how a judge sums the logits of its reward model; None for a judge that is no reward model."""
+    return getattr(judge, "head", None)
 
 
 def by_instruction(subjects: Sequence[InstructionResponse]) -> dict[str, list[InstructionResponse]]:

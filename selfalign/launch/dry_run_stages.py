@@ -17,11 +17,21 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
 from selfalign.core.jsonl import HasId, read_records, write_records
-from selfalign.core.records import Demonstration, Instruction, Judgement, JudgementStatus, PreferencePair, Prompt
+from selfalign.core.records import (
+    Criterion,
+    Demonstration,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    PreferencePair,
+    Prompt,
+)
 from selfalign.data.turns import as_prompt, as_text
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import PairwiseComparator
-from selfalign.judges.protocol import InstructionResponse, asks_a_server
+from selfalign.judges.criteria import CriteriaConfig, criteria_of
+from selfalign.judges.protocol import NO_MODEL, InstructionResponse, asks_a_server
+from selfalign.judges.rubric import EXAMPLE
 from selfalign.judges.sampled import SampledScore
 from selfalign.launch.profiler import Measured, ProfilingOutput, StageEstimate, forget_peak_memory, measure, peak
 from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, distinct, max_length_generation
@@ -42,6 +52,7 @@ from selfalign.stages.meta_judge import MetaJudge, meta_judge
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
+from selfalign.stages.write_criteria import write_criteria
 from selfalign.store.artifacts import Artifact, Store
 from selfalign.store.key import to_key_json
 from selfalign.store.stage import PlannedArtifact, StageFunction, declared, plan_stage, records_in
@@ -101,6 +112,7 @@ class StageEstimator:
             align: self._align,
             instruct: self._instruct,
             respond: self._respond,
+            write_criteria: self._write_criteria,
             judge_stage: self._judge,
             head_to_head: self._head_to_head,
             meta_judge: self._meta_judge,
@@ -224,6 +236,9 @@ class StageEstimator:
     def _judge(
         self, label: str, *, judge: Judge, instructions: Artifact, responses: Artifact, engine: Any, **others: Any
     ) -> None:
+        if judge.model == NO_MODEL:  # What it scores is not like any text.
+            self.unmeasured.append(label)
+            return
         count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
         each, written = math.ceil(answers / count), max_judgement_tokens(judge)
         wanted = judge.wanted(self._subjects(1, each, ["", ""]))
@@ -235,9 +250,24 @@ class StageEstimator:
         few = self._few(count, each * (self.longest.count("".join(texts)) + written), engine)
         subjects = self._subjects(few, each, texts)
         unique = list({subject.instruction.id: subject.instruction for subject in subjects}.values())
+        if (most := self._criteria_each(judge, instructions)) is not None:
+            criteria = [Criterion(text=distinct(EXAMPLE, number)) for number in range(most)]
+            unique = [replace(instruction, criteria=criteria) for instruction in unique]
         given = self._write(instructions=unique, responses=[subject.response for subject in subjects])
         shared = {"instructions": given, "responses": given, "engine": max_length_generation(engine), "judge": judge}
         measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
+        self._add_batches(label, measured, measured.batches_of(count / few))
+
+    def _write_criteria(
+        self, label: str, *, config: CriteriaConfig, instructions: Artifact, engine: Any, **others: Any
+    ) -> None:
+        count, written = records_in(instructions, "instructions"), config.sampling.longest
+        few = self._few(count, self.longest.prompt_tokens(written) + written, engine)
+        room = self.longest.context - written
+        [text] = self.longest.fitting(config.ask, [self.longest.prompt_tokens(written)], room)
+        given = self._write(instructions=[subject.instruction for subject in self._subjects(few, 1, [text, ""])])
+        shared = {"config": config, "instructions": given, "engine": max_length_generation(engine)}
+        measured, _ = self._measure(label, write_criteria, [few], **shared, **others)
         self._add_batches(label, measured, measured.batches_of(count / few))
 
     def _head_to_head(
@@ -410,6 +440,14 @@ class StageEstimator:
         answer = self._written(responses)
         room = 1 << 30 if server else self.longest.context - written - 8
         return self.longest.fitting(ask, [self.longest.prompt_tokens(answer), answer], room)
+
+    def _criteria_each(self, judge: Judge, instructions: Artifact) -> int | None:
+        """Return the most criteria of an instruction; None for a judge without criteria."""
+        config = criteria_of(judge)
+        if config is None or isinstance(instructions, PlannedArtifact):
+            return config and config.count
+        records = read_records(instructions.path / "instructions.jsonl", Instruction)
+        return max(len(record.criteria or []) for record in records)
 
     def _subjects(self, count: int, each: int, texts: Sequence[str]) -> list[InstructionResponse]:
         """Return `count` instructions with `each` responses each."""

@@ -147,7 +147,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     """
     runs = {source: found for source in sources if (found := _runs_at(Path(source)))}
     every = [run for found in runs.values() for run in found]
-    compose = partial(_compose, overrides=overrides, conf=conf, config_dir=config_dir)
+    compose = partial(_compose, overrides=overrides, command=overrides, conf=conf, config_dir=config_dir)
     check = partial(_check_settings, overrides=overrides, conf=conf, config_dir=config_dir)
     config, text, plain = compose(every[0] if every else None)
     for run in every[:1]:
@@ -188,12 +188,12 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
 
 
 def _compose(
-    run: FinishedRun | None, overrides: list[str], conf: Path, config_dir: Path | None
+    run: FinishedRun | None, overrides: list[str], command: list[str], conf: Path, config_dir: Path | None
 ) -> tuple[ExperimentConfig, str, dict[str, Any]]:
-    """Compose the configuration of a run with further overrides."""
+    """Compose the configuration of a run with further overrides; `command` has all those of the command line."""
     recorded = run.settings.get("overrides", []) if run else []
     if run:
-        check_recorded(recorded, run.folder)
+        check_recorded(recorded, run.folder, command)
     return compose_experiment(conf, [*recorded, *overrides], config_dir)
 
 
@@ -221,7 +221,7 @@ def _check_settings(
         set_then = any(_is_below(one, key) for one in known) and not str(known.get(key)).startswith("file:")
         return set_then and any(_is_below(key, name) for name in names) and not any(_is_below(key, n) for n in given)
 
-    told = (known, flat(_compose(run, [], conf, config_dir)[2]))
+    told = (known, flat(_compose(run, [], overrides, conf, config_dir)[2]))
     jobs = with_absent([JobResult(name=run.name, folder=run.folder, settings=settings) for settings in told])
     then, now = (job.settings for job in jobs)
     if changed := [key for key in differing(jobs) if matters(key)]:

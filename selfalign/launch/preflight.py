@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
@@ -137,6 +138,11 @@ def probes(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
         for label in labels
         if label.is_judged
     }
+    measured = [
+        isinstance(benchmark, JudgeTest) and benchmark.judge is None and measured_by(name, labels)
+        for name, benchmark in config.benchmark.items()
+    ]
+    judged |= {"judge"} if any(measured) else set()
     busy = {
         **dict.fromkeys(judged, True),
         "train.checkpoint_selection.head_to_head": any(label.is_aligned for label in labels),

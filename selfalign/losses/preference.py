@@ -359,8 +359,8 @@ class SPPO:
     """Self-play preference optimisation: (r⁺ - η(P̂⁺ - ½))² + (r⁻ - η(P̂⁻ - ½))² with r = log π(y|x)/π_ref(y|x).
 
     Wu et al. 2024, arXiv 2405.00675, Algorithm 1, summed over the two responses of a pair. P̂ is the estimated
-    probability that a response wins against one of the policy that wrote it: the judge's score, a share of wins from
-    0 to 1, such as that of `judge=pairwise judge.max_score=1`.
+    probability that a response wins against one of the policy that wrote it: the judge's score, which must be a share
+    of wins from 0 to 1, such as that of `judge=pairwise judge.max_score=1`.
 
     Attributes:
         beta: 1/η, by which rewards are measured; the paper's η is 1000.

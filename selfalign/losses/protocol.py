@@ -160,6 +160,12 @@ def cannot_train(loss: Loss, misfits: dict[str, list[str]]) -> str:
 
 
 def augmentation_of(loss: Loss) -> Refinement | None:
-    """Return the settings of a loss's second pass, given p⊕x; None if it has no second pass."""
+    """Return the settings of a loss's passes given p⊕x, and p⁻⊕x; None if it has no such pass."""
     source = refinement_of(loss)
     return source.augmentation() if source else None
+
+
+def reference_augmentation_of(loss: Loss) -> Refinement | None:
+    """Return the settings of the reference's pass given p⊕x; None if a loss does not need it."""
+    source = refinement_of(loss)
+    return source.augmentation() if source and source.has_reference else None

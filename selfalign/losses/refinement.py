@@ -21,9 +21,13 @@ AUGMENTATION_PROMPT = (
     "Answer the query below. On a scale from 1 to {scale}, where {scale} is the best, "
     "your answer should reach {scale} for usefulness, and it must do no harm.\n\n"
 )
+NEGATIVE_PROMPT = (
+    "Answer the query below. On a scale from 1 to {scale}, where {scale} is the best, "
+    "your answer should reach 1 for usefulness, and it may do harm.\n\n"
+)
 SCALE = 100
-SOURCES = ("prompted", "naive", "shuffled", "constant", "random_prompt")
-PLACES = ("dialogue", "last_turn")
+SOURCES = ("prompted", "naive", "shuffled", "constant", "random_prompt", "contrastive")
+PLACES = ("dialogue", "last_turn", "system", "after")
 NORMALISATIONS = ("none", "rms", "zscore")
 SMALLEST_SPREAD = 1e-4
 """The least spread of h, in nats, that Δ is divided by: below it stands rounding, as at the first step."""
@@ -36,13 +40,18 @@ class Refinement:
     Attributes:
         source: "prompted" is the paper's Δ_π. The others are controls: "naive" is β h, without p (its eq. 10);
             "shuffled" gives each pair the Δ_π of another pair of its step; "constant" gives every pair `constant`;
-            "random_prompt" replaces p by random words of as many tokens.
+            "random_prompt" replaces p by random words of as many tokens. "contrastive" has no reference: it compares
+            the policy given p⊕x with itself given p⁻⊕x (after Liu et al. 2024, arXiv 2402.11907). That Δ is not 0 at
+            the first step. On held-out pairs Δ is measured with p and the reference all the same.
         prompt: p, the text before the query x, or "file:PATH". `{scale}` in it is replaced by `scale`. Our wording.
         place: the position of p if x is a dialogue. "dialogue", as in the paper's p⊕x, is the start of the first user
-            turn, after a system message; "last_turn" is the start of the last user turn.
+            turn, after a system message; "last_turn" is the start of the last user turn; "after" is behind x, at the
+            end of the last user turn, a blank line between; "system" is the start of the system turn, which is added
+            where there is none. The last two need prompts of turns.
         scale: the highest score of the scale in p: 100, or 10 as in the paper's ablation.
         constant: Δ of every pair if the source is "constant", in units of reward (of reward per token if
             `loss.reduction` is "mean").
+        negative_prompt: p⁻, as `prompt`, if the source is "contrastive"; if it is empty, p⁻ asks for a useless answer.
         normalise: "none" weighs Δ by λ as it is. "rms" divides it by its root mean square over the pairs of the
             optimizer step, so that λ has the same weight whatever the scale of Δ; it is at most √pairs then. "zscore"
             takes off the step's mean and divides by the step's standard deviation, as α-DPO does. Metrics show Δ as it
@@ -54,6 +63,7 @@ class Refinement:
     place: str = "dialogue"
     scale: int = SCALE
     constant: float = 0.0
+    negative_prompt: str = field(default="", metadata={"keyed": "if set"})
     normalise: str = field(default="none", metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
@@ -61,10 +71,15 @@ class Refinement:
             raise SelfalignError(f"loss.refinement.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
         if self.place not in PLACES:
             raise SelfalignError(f"loss.refinement.place must be one of {', '.join(PLACES)}; got {self.place!r}")
-        self.prompt = text_or_file(self.prompt, "loss.refinement.prompt")
-        if not self.prompt.strip():
-            raise SelfalignError("loss.refinement.prompt is empty: give the text p that is put before the prompt")
-        check_template(self.prompt, "loss.refinement.prompt", (), ("scale",))
+        self.prompt = _text_of(self.prompt, "loss.refinement.prompt", "p")
+        if self.negative_prompt and self.source != "contrastive":
+            raise SelfalignError(
+                f"loss.refinement.negative_prompt has no effect with loss.refinement.source={self.source}: set that to "
+                "contrastive, or remove the setting"
+            )
+        if self.source == "contrastive":
+            negative = self.negative_prompt or NEGATIVE_PROMPT
+            self.negative_prompt = _text_of(negative, "loss.refinement.negative_prompt", "p⁻")
         if self.scale < 1:
             raise SelfalignError(f"loss.refinement.scale must be 1 or more, got {self.scale}")
         if self.scale != SCALE and "{scale}" not in self.prompt:
@@ -88,16 +103,31 @@ class Refinement:
                 "are all alike: set it to none"
             )
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether Δ compares the policy with the reference, so that it is 0 while the two are equal."""
+        return self.source not in ("constant", "contrastive")
+
     def augmentation(self) -> "Refinement | None":
-        """Return the settings of the second pass of policy and reference; None if the source has no second pass."""
+        """Return the settings of the passes given p⊕x, and p⁻⊕x; None if the source has no such pass."""
         if self.source in ("naive", "constant"):
             return None
         return replace(self, source="prompted" if self.source == "shuffled" else self.source, normalise="none")
+
+    def given_p(self) -> "Refinement":
+        """Return the settings of the pass given p⊕x alone."""
+        return replace(self, source="prompted", negative_prompt="") if self.source == "contrastive" else self
 
     def text(self, tokenizer: "Tokenizer") -> "Augmentation":
         """Return p: the prompt with its scale, or random words of the same length."""
         p = self.prompt.replace("{scale}", str(self.scale))
         return Augmentation(random_words(tokenizer, p) if self.source == "random_prompt" else p, self.place)
+
+    def negative(self) -> "Augmentation | None":
+        """Return p⁻ with its scale; None if the source has none."""
+        if self.source != "contrastive":
+            return None
+        return Augmentation(self.negative_prompt.replace("{scale}", str(self.scale)), self.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +139,26 @@ class Augmentation:
 
 
 def augment(p: Augmentation, prompt: Prompt) -> Prompt:
-    """Return p⊕x: p is put at the start of a plain text, or of the user turn that its place names."""
+    """Return p⊕x: p is put at the start of a plain text, or where its place says.
+
+    Raises:
+        SelfalignError: the prompt is a plain text, and the place is one among turns.
+    """
     if isinstance(prompt, str):
+        if p.place in ("system", "after"):
+            raise SelfalignError(
+                f"loss.refinement.place={p.place} needs a prompt of turns, but the prompt is a text: set it to dialogue"
+            )
         return p.text + prompt
+    if p.place == "system":
+        own = prompt[0] if prompt[0]["role"] == "system" else {"role": "system", "content": ""}
+        told = {**own, "content": p.text + own["content"] if own["content"] else p.text.strip()}
+        return [told, *prompt[own is prompt[0] :]]
     users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
     at = users[0] if p.place == "dialogue" else users[-1]
-    turn = {**prompt[at], "content": p.text + prompt[at]["content"]}
-    return [*prompt[:at], turn, *prompt[at + 1 :]]
+    asked = prompt[at]["content"]
+    text = f"{asked}\n\n{p.text.strip()}" if p.place == "after" else p.text + asked
+    return [*prompt[:at], {**prompt[at], "content": text}, *prompt[at + 1 :]]
 
 
 def random_words(tokenizer: "Tokenizer", text: str) -> str:
@@ -135,11 +178,13 @@ def random_words(tokenizer: "Tokenizer", text: str) -> str:
 def refinement(policy_p: PairLogps, reference_p: PairLogps, beta: float) -> Values:
     """Δ_π(y⁻, y⁺; x) = β{[log π(y⁺|p⊕x) - log π_ref(y⁺|p⊕x)] - [log π(y⁻|p⊕x) - log π_ref(y⁻|p⊕x)]} (eq. 11).
 
-    With log-probabilities given x instead of p⊕x, it is Δ_naive = β h (eq. 10).
+    With log-probabilities given x instead of p⊕x, it is Δ_naive = β h (eq. 10). With the policy's own given p⁻⊕x in
+    place of the reference's, it compares contrastive prompts.
 
     Args:
         policy_p: log-probabilities under the *current* policy, given p⊕x; summed, as in the paper, or averaged.
-        reference_p: log-probabilities under the reference, given p⊕x; summed or averaged likewise.
+        reference_p: log-probabilities under the reference, given p⊕x, or what takes their place; summed or averaged
+            likewise.
         beta: β of the loss.
 
     Returns:
@@ -173,6 +218,15 @@ class Normalisation:
 
     def __call__(self, delta: Values) -> Values:
         return (delta - self.centre) / self.spread
+
+
+def _text_of(setting: str, key: str, name: str) -> str:
+    """Return the text of a setting, or of the file that it names, after a check of its placeholders."""
+    text = text_or_file(setting, key)
+    if not text.strip():
+        raise SelfalignError(f"{key} is empty: give the text {name} that is put before the prompt")
+    check_template(text, key, (), ("scale",))
+    return text
 
 
 def _count_tokens(tokenizer: "Tokenizer", text: str) -> int:

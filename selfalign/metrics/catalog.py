@@ -211,6 +211,7 @@ POSITIVES = Metric("positives", "responses good enough to train on", "count")
 
 # Judging
 JUDGEMENTS = Metric("judgements", "judgements made, further attempts included", "count")
+CRITERIA = Metric("criteria", "criteria written for instructions", "count")
 RETRIES = Metric("retries", "further attempts, where a judgement carried no score", "count")
 UNJUDGED_RESPONSES = Metric("unjudged_responses", "responses without a score", "count")
 COMPARISONS = Metric("comparisons", "comparisons of two responses, both orders together", "count")
@@ -225,6 +226,9 @@ JUDGE_TIED_SHARE = Metric("judge/tie_rate", "share of instructions with several 
     "share", better="lower", title="tied")
 JUDGE_CONSTANT = Metric("judge/constant",
     "1 if the judge's scores are nearly constant (`judge.degeneracy`), else 0", "flag", better="lower")
+CONSISTENCY = Metric("consistency",
+    "share of two responses that the judge and a second one (`pair.consistent_with`) order alike, ties counting half",
+    "share", better="higher", title="consistency")
 JUDGE_DISAGREEMENT = Metric("judge/disagreement",
     "share of two responses that two judges of a panel rank in opposite orders, of those that both rank",
     "share", better="lower", title="judges disagree")
@@ -363,6 +367,31 @@ BENCHMARK_MEAN_CHARACTERS = Metric("{benchmark}/mean_characters", "mean length o
     "characters")
 BENCHMARK_FINISHED_SHARE = Metric("{benchmark}/finished_share", "share of the answers that end by themselves",
     "share", better="higher")
+BENCHMARK_WEIGHTED_WIN_RATE = Metric("{benchmark}/win_rate_weighted",
+    "share of the verdicts of both orders that are for the model and not for the baseline; a tie counts half, and a "
+    "verdict by far three times", "share", better="higher")
+BENCHMARK_WEIGHTED_WIN_RATE_IN = Metric("{benchmark}/win_rate_weighted/{category}", "the same rate in this category",
+    "share", better="higher")
+BENCHMARK_STYLE_WIN_RATE = Metric("{benchmark}/win_rate_style_controlled",
+    "expected rate where both answers have the same length and markdown, by a logistic model of style and verdicts",
+    "share", better="higher", title="win rate at equal style")
+BENCHMARK_STYLE_WIN_RATE_IN = Metric("{benchmark}/win_rate_style_controlled/{category}",
+    "the expected rate at equal style in this category", "share", better="higher")
+BENCHMARK_STYLE_EFFECT = Metric("{benchmark}/style_effect/{feature}",
+    "what a difference of one standard deviation in this feature of style adds to the log-odds of a verdict for the "
+    "model", "")
+BENCHMARK_COMPARISONS = Metric("{benchmark}/labelled", "labelled comparisons that the judge was asked about", "count")
+BENCHMARK_ACCURACY = Metric("{benchmark}/accuracy",
+    "share of labelled comparisons that the judge decides as the label does; in RewardBench the mean of its sections",
+    "share", better="higher", title="judge accuracy")
+BENCHMARK_ACCURACY_IN = Metric("{benchmark}/accuracy/{subset}",
+    "the same share in this subset; of RewardBench 2's Ties, its score", "share", better="higher")
+BENCHMARK_CHANCE = Metric("{benchmark}/chance",
+    "accuracy of a judge that guesses; RewardBench 2's Ties are left out", "share")
+BENCHMARK_FAILED = Metric("{benchmark}/failed",
+    "share of labelled comparisons in which a judgement failed, which count as wrong", "share", better="lower")
+BENCHMARK_TIED = Metric("{benchmark}/tied", "share of labelled comparisons in which the judge prefers neither side",
+    "share")
 BENCHMARK_AVERAGE = Metric("{benchmark}/average", "mean of the tasks' metrics; the interval assumes independent tasks",
     "", better="higher")
 BENCHMARK_TASK_DOCUMENTS = Metric("{benchmark}/{task}/documents", "documents of the task", "count")

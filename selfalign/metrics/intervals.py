@@ -15,10 +15,13 @@ RESAMPLES = 1000
 """Resamples of a bootstrap. The ends of a 95 % interval are the 25th values from both sides."""
 
 RIDGE = 0.01
-"""Penalty on the squared coefficients of the length-controlled model. It keeps them finite for separable outcomes."""
+"""Penalty on the squared coefficients of the logistic models. It keeps them finite for separable outcomes."""
 
 NEWTON_STEPS = 40
-"""Steps of Newton's method, enough for the largest coefficients that the penalty allows."""
+"""Most steps of Newton's method, enough for the largest coefficients that the penalty allows."""
+
+CONVERGED = 1e-10
+"""A step of Newton's method below which the coefficients are final."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,27 @@ def bootstrap_share(parts: Sequence[tuple[float, float]]) -> Estimate:
     return Estimate(found.value, same.low, same.high)
 
 
+def bootstrap_average(
+    parts: Sequence[tuple[Callable[[NDArray[np.int64]], float], int]], *, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """Return the mean of several statistics with its bootstrap interval; each is resampled among its own units.
+
+    Args:
+        parts: (statistic, number of units) as `bootstrap` takes them.
+        seed: seeds the resampling.
+        confidence: level of the interval.
+
+    Returns:
+        The mean and its interval. Both ends are NaN if the resamples do not differ.
+    """
+    value = float(np.mean([statistic(np.arange(units)) for statistic, units in parts]))
+    generator = np.random.default_rng(seed)
+    drawn = np.array(
+        [[statistic(generator.integers(units, size=units)) for _ in range(RESAMPLES)] for statistic, units in parts]
+    ).mean(axis=0)
+    return _between(value, drawn, confidence) if np.ptp(drawn) else Estimate(value, math.nan, math.nan)
+
+
 def length_controlled(
     outcomes: Sequence[float], length_differences: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
@@ -176,39 +200,88 @@ def length_controlled(
     lengths = np.asarray(length_differences, dtype=np.float64)
     spread = float(lengths.std())
     feature = np.tanh(lengths / spread) if spread else np.zeros_like(lengths)
-    value = float(_without_length(won, feature, np.ones((1, len(won))))[0])
+    terms = np.column_stack([np.ones(len(won)), feature])
+    rate = float(special.expit(_fit_logistic(won, terms, np.ones((1, len(won))))[0, 0]))
+    return _at_zero(rate, won, terms, np.ones(len(won)), seed, confidence)
+
+
+def style_controlled(
+    outcomes: ArrayLike,
+    weights: ArrayLike,
+    differences: ArrayLike,
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[Estimate, list[float]]:
+    """Return the expected win rate where both responses have the same style, and the effect of each feature.
+
+    A Bradley-Terry model with features of style, after Arena-Hard-Auto v2.0: the log-odds of a win are
+    a + Σ_k c_k d_k / s_k, where d_k is the difference of the responses in feature k, s_k its standard deviation over
+    the instructions, and a the strength of the model minus that of its opponent. Each instruction counts by its weight
+    in the likelihood, to which `RIDGE` times the squared coefficients is a penalty. The rate is the prediction σ(a).
+
+    Differs from Arena-Hard-Auto: it fits all models of its leaderboard at once and centres d_k over their answers, so
+    that its rates are at their mean style. Here is one model, whose own mean would be taken off, and with it the style
+    that is to be controlled; so d_k is not centred, and the rates are at equal style. Its fit has no penalty.
+
+    The interval is a bootstrap interval over instructions; Wilson's if all outcomes are equal, as in
+    `length_controlled`.
+
+    Args:
+        outcomes: one for each instruction, between 0 (lost) and 1 (won).
+        weights: weight of each instruction.
+        differences: d, shape (instructions, features).
+        seed: seeds the resampling.
+        confidence: level of the interval.
+
+    Returns:
+        The rate with its interval, whose ends are NaN for one instruction, and c. The effect of a feature that never
+        differs in its value is 0.
+    """
+    won, counted = np.asarray(outcomes, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    given = np.asarray(differences, dtype=np.float64)
+    spread = given.std(axis=0)
+    scaled = np.divide(given, spread, out=np.zeros_like(given), where=spread > 0)
+    terms = np.column_stack([np.ones(len(won)), scaled])
+    [fitted] = _fit_logistic(won, terms, counted[None])
+    rate = float(special.expit(fitted[0]))
+    return _at_zero(rate, won, terms, counted, seed, confidence), fitted[1:].tolist()
+
+
+def _at_zero(value: float, won: Floats, terms: Floats, weights: Floats, seed: int, confidence: float) -> Estimate:
+    """Return a logistic model's prediction where all terms but the constant are 0, with its interval."""
     if len(won) < 2:
         return Estimate(value, math.nan, math.nan)
     if not np.ptp(won):
         same = wilson(float(won.sum()), len(won), confidence)
         return Estimate(value, same.low, same.high)
     drawn = np.array([np.bincount(units, minlength=len(won)) for units in _draws(len(won), seed)], dtype=np.float64)
-    return _between(value, _without_length(won, feature, drawn), confidence)
+    return _between(value, special.expit(_fit_logistic(won, terms, drawn * weights)[:, 0]), confidence)
 
 
-def _without_length(won: Floats, feature: Floats, counts: Floats) -> Floats:
-    """Return the logistic model's prediction at feature 0 for each resample, shape (resamples,).
+def _fit_logistic(won: Floats, terms: Floats, counts: Floats) -> Floats:
+    """Return the coefficients of a penalised logistic model for each resample, shape (resamples, terms).
 
     The model is fitted by Newton's method with steps of bounded length.
 
     Args:
         won: outcomes, shape (instructions,).
-        feature: the length term, shape (instructions,).
-        counts: how often each resample has each instruction, shape (resamples, instructions).
+        terms: the terms of the model, shape (instructions, terms).
+        counts: how much each resample has of each instruction, shape (resamples, instructions).
     """
-    constant, slope = np.zeros((2, len(counts), 1))
+    size = terms.shape[1]
+    products = (terms[:, :, None] * terms[:, None, :]).reshape(len(won), size * size)
+    coefficients = np.zeros((len(counts), size))
     for _ in range(NEWTON_STEPS):
-        chance = special.expit(constant + slope * feature)
-        surplus, weight = counts * (chance - won), counts * chance * (1 - chance)
-        pull = surplus.sum(1, keepdims=True) + 2 * RIDGE * constant
-        tilt = (surplus * feature).sum(1, keepdims=True) + 2 * RIDGE * slope
-        a = weight.sum(1, keepdims=True) + 2 * RIDGE
-        b = (weight * feature).sum(1, keepdims=True)
-        d = (weight * feature**2).sum(1, keepdims=True) + 2 * RIDGE
-        first, second = (d * pull - b * tilt) / (a * d - b * b), (a * tilt - b * pull) / (a * d - b * b)
-        short = np.minimum(1, 1 / np.maximum(np.hypot(first, second), 1e-12))
-        constant, slope = constant - short * first, slope - short * second
-    return special.expit(constant[:, 0])
+        chance = special.expit(coefficients @ terms.T)
+        slope = (counts * (chance - won)) @ terms + 2 * RIDGE * coefficients
+        curve = ((counts * chance * (1 - chance)) @ products).reshape(-1, size, size) + 2 * RIDGE * np.eye(size)
+        step = np.linalg.solve(curve, slope[:, :, None])[:, :, 0]
+        size_of_step = np.linalg.norm(step, axis=1, keepdims=True)
+        coefficients -= step * np.minimum(1, 1 / np.maximum(size_of_step, 1e-12))
+        if size_of_step.max() < CONVERGED:
+            break
+    return coefficients
 
 
 def _draws(units: int, seed: int) -> Iterator[NDArray[np.int64]]:

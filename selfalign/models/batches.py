@@ -22,7 +22,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair, Prompt, Response
 from selfalign.data.tails import tails_of
 from selfalign.data.thinking import ask_to_think
-from selfalign.losses.refinement import Refinement, augment
+from selfalign.losses.refinement import Augmentation, Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
 from selfalign.models.packed_attention import PackedLayout, is_packing
 from selfalign.models.prefix_tree import DistinctTokens, PrefixTree, common_prefix
@@ -230,6 +230,7 @@ class PairExample:
     Attributes:
         plain: its responses behind x.
         augmented: the same behind p⊕x, where the loss refines.
+        negative: the same behind p⁻⊕x, where it compares contrastive prompts.
         scores: the judge's mean scores of the chosen and of the rejected response; empty unless both are known.
         label_smoothing: ε of this pair, where it has its own.
         reference: log-probabilities of both responses given x under the reference policy, summed over tokens, in nats;
@@ -240,6 +241,7 @@ class PairExample:
 
     plain: SharedPrompt
     augmented: SharedPrompt | None = None
+    negative: SharedPrompt | None = None
     scores: list[float] = field(default_factory=list)
     label_smoothing: float | None = None
     reference: list[float] = field(default_factory=list)
@@ -251,16 +253,21 @@ class PairExample:
         """The pair's id."""
         return self.plain.id
 
+    @property
+    def passes(self) -> list[SharedPrompt]:
+        """Both responses behind x, and behind p⊕x and p⁻⊕x if there are such passes."""
+        return [group for group in (self.plain, self.augmented, self.negative) if group is not None]
+
     def __len__(self) -> int:
-        return len(self.plain) + (len(self.augmented) if self.augmented else 0)
+        return sum(map(len, self.passes))
 
     def sequences(self) -> list[list[int]]:
-        """Both responses behind x, and behind p⊕x if there is a second pass."""
-        return [*self.plain.sequences(), *(self.augmented.sequences() if self.augmented else [])]
+        """The sequences of all passes."""
+        return [sequence for group in self.passes for sequence in group.sequences()]
 
     def longest(self) -> int:
-        """The longest sequence of either pass."""
-        return max(self.plain.longest(), self.augmented.longest() if self.augmented else 0)
+        """The longest sequence of all passes."""
+        return max(group.longest() for group in self.passes)
 
 
 def encode_pairs(
@@ -275,9 +282,9 @@ def encode_pairs(
 ) -> Iterator[PairExample]:
     """Yield pairs as tokens, chosen response first, in at most `limit` tokens of x and a response.
 
-    If they are longer, x loses its beginning; responses are never cut. After p⊕x stand the same x and the same
-    response: p comes on top of the limit, so that all losses train on the same data. Only if that exceeds the model's
-    context, x loses more of its beginning after p.
+    If they are longer, x loses its beginning; responses are never cut. After p⊕x, and after p⁻⊕x where p is contrasted
+    with p⁻, stand the same x and the same response: p comes on top of the limit, so that all losses train on the same
+    data. Only if that exceeds the model's context, x loses more of its beginning there.
 
     Args:
         tokenizer: the policy's.
@@ -292,7 +299,7 @@ def encode_pairs(
     Raises:
         SelfalignError: no pair fits.
     """
-    p = refinement.text(tokenizer) if refinement else None
+    augmentations = [refinement.text(tokenizer), refinement.negative()] if refinement else []
     for pair in pairs:
         asked = under_system(tokenizer, ask_to_think(pair.thought_prompt, pair.prompt))
         prompt, answers = settle_boundary(tokenizer, asked, answers_of(pair))
@@ -300,16 +307,16 @@ def encode_pairs(
         plain, prompt = shorten_group(tokenizer, whole, prompt, limit)
         if prompt is not None and plain is not whole:
             _check_tails(tokenizer, whole, prompt, answers)
-        augmented = None
-        if p is not None and prompt is not None:
-            longer = replace(whole, prompt=encode_prompt(tokenizer, augment(p, prompt)))
-            augmented, behind_p = shorten_group(tokenizer, longer, prompt, context, lambda x: augment(p, x))
-            if behind_p is None:
-                prompt = None
-            else:
-                _check_tails(tokenizer, whole, augment(p, behind_p), answers)
-                if behind_p != prompt:
-                    tally["cut_behind_p"] += 1
+        second: list[SharedPrompt | None] = []
+        shortest = prompt
+        for p in augmentations:
+            group = None
+            if p is not None and shortest is not None:
+                group, shortest = _behind(tokenizer, whole, p, shortest, context, answers)
+            second.append(group)
+        if shortest != prompt and shortest is not None:
+            tally["cut_behind_p"] += 1
+        prompt = prompt if shortest is not None else None
         if plain is None or prompt is None:
             tally["too_long"] += 1
             continue
@@ -317,8 +324,13 @@ def encode_pairs(
             tally["cut"] += 1
         tally["pairs"] += 1
         tally.update(text_faults(tokenizer, prompt, answers))
+        augmented, negative = second or (None, None)
         yield PairExample(
-            plain=plain, augmented=augmented, scores=scores_of(pair), label_smoothing=label_smoothing_of(pair)
+            plain=plain,
+            augmented=augmented,
+            negative=negative,
+            scores=scores_of(pair),
+            label_smoothing=label_smoothing_of(pair),
         )
     warn_of_faults(tokenizer, tally, tally["pairs"], "pairs")
     if not tally["pairs"]:
@@ -326,6 +338,23 @@ def encode_pairs(
         raise SelfalignError(
             f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens{behind}"
         )
+
+
+def _behind(
+    tokenizer: "Tokenizer",
+    group: SharedPrompt,
+    p: Augmentation,
+    prompt: "Prompt",
+    context: int,
+    answers: Sequence[Answer],
+) -> "tuple[SharedPrompt | None, Prompt | None]":
+    """Return the responses of a group behind p⊕x, and x, whose beginning is cut to fit; None if nothing fits."""
+    with of_record(group.id):
+        longer = replace(group, prompt=encode_prompt(tokenizer, augment(p, prompt)))
+    augmented, behind_p = shorten_group(tokenizer, longer, prompt, context, lambda x: augment(p, x))
+    if behind_p is not None:
+        _check_tails(tokenizer, group, augment(p, behind_p), answers)
+    return augmented, behind_p
 
 
 def _check_tails(tokenizer: "Tokenizer", group: SharedPrompt, prompt: "Prompt", answers: Sequence[Answer]) -> None:

@@ -485,6 +485,19 @@ def render_whole(tokenizer: "Tokenizer", messages: list[Message], answer: str) -
     return _apply(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
 
 
+def render_conversation(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:
+    """Return messages and the assistant's answer as the template renders them, with no control token in a text.
+
+    Raises:
+        SelfalignError: the template refuses the turns, or leaves one out.
+    """
+    turns = _prepared(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    text = _apply(tokenizer, turns, add_generation_prompt=False)
+    if left_out := [turn["role"] for turn in turns if turn["content"].strip() not in text]:
+        raise SelfalignError(f"the chat template leaves out or changes the {left_out[0]}'s turn")
+    return text
+
+
 def render_trained(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:
     """Return messages and the assistant's answer as they are trained: before the answer nothing is thought."""
     before, behind = _render_around(tokenizer, messages)

@@ -277,7 +277,7 @@ def digest_weights(folder: Path) -> dict[str, str]:
 
 
 def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":
-    """Load a checkpoint, every weight of it.
+    """Load a causal language model, every weight of it.
 
     Raises:
         SelfalignError: it is damaged, lacks weights or has too many, contradicts its config, or needs a package that
@@ -288,12 +288,28 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
 
     if stored_form(folder) == UNPACKED:
         options = {"quantization_config": Mxfp4Config(dequantize=True), **options}
+    model, report = read_weights(AutoModelForCausalLM, folder, dtype, trust_remote_code=trust_remote_code, **options)
+    if stored_form(folder) == UNPACKED:
+        # transformers 5.23 would save the plain weights under the names of the quantised ones.
+        model._weight_conversions = []
+    wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
+    if wrong:
+        raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
+    check_tied(model, folder)
+    return model
+
+
+def read_weights(auto: Any, folder: Path, dtype: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Read a checkpoint with one of transformers' automatic classes, and return what of it is missing or too much.
+
+    Raises:
+        SelfalignError: it is damaged, or needs a package that is not there.
+    """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        return auto.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
             **options,
@@ -306,15 +322,6 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
         raise SelfalignError(
             f"{folder}: the model cannot be loaded ({reason_of(error)}); its files may be damaged"
         ) from error
-    model, report = loaded
-    if stored_form(folder) == UNPACKED:
-        # transformers 5.23 would save the plain weights under the names of the quantised ones.
-        model._weight_conversions = []
-    wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
-    if wrong:
-        raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
-    check_tied(model, folder)
-    return model
 
 
 def stored_form(folder: Path) -> str:

@@ -271,7 +271,7 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    settings = _read_settings(folder, key)
+    settings = read_settings(folder, key)
     kind, own_code = settings.get("model_type", ""), "AutoModelForCausalLM" in (settings.get("auto_map") or {})
     if own_code and not config.trust_remote_code and kind not in CONFIG_MAPPING:
         raise SelfalignError(
@@ -286,7 +286,7 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
     return "" if form == UNPACKED else form
 
 
-def _read_settings(folder: Path, key: str) -> dict[str, Any]:
+def read_settings(folder: Path, key: str) -> dict[str, Any]:
     """Return a checkpoint's config.json.
 
     Raises:

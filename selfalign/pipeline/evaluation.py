@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
@@ -178,6 +179,12 @@ class Evaluation:
         """Run every benchmark on the current model, and compare it with earlier models on its questions."""
         for benchmark_name, settings in self.config.benchmark.items():
             known = overlapping(settings, benchmark_name, [*trained_on, *models.generated_pairs])
+            judge, reference = models.own_or(settings.judge_model, models.benchmark_judges.get(benchmark_name)), None
+            if isinstance(settings, JudgeTest):
+                settings, judge, reference = self._tested_judge(benchmark_name, settings, models)
+                if isinstance(settings.judge, ImplicitReward) and reference is None:
+                    logger.warning("%s is not measured on %s: it has no reference to judge by", name, benchmark_name)
+                    continue
             responses = self.run.make(
                 Label.evaluation(name, benchmark_name),
                 benchmark,
@@ -186,10 +193,11 @@ class Evaluation:
                 contents=self.inputs.benchmarks[benchmark_name],
                 model=name,
                 policy=models.current,
-                judge=models.own_or(settings.judge_model, models.benchmark_judges.get(benchmark_name)),
+                judge=judge,
                 engine=self.config.engine,
                 seed=derive_seed(self.config.seed, "benchmark", benchmark_name),
                 **({"trained_on": known} if known else {}),
+                **({"reference": reference} if reference else {}),
             )
             if compares_on(self.config.evaluate, settings):
                 earlier = self.benchmark_responses.setdefault(benchmark_name, {})
@@ -197,6 +205,21 @@ class Evaluation:
                     label = Label.comparison(name, other, benchmark_name)
                     self._head_to_head(label, models, responses, responses, earlier[other])
                 earlier[name] = responses
+
+    def _tested_judge(
+        self, name: str, settings: JudgeTest, models: RunModels
+    ) -> tuple[JudgeTest, Artifact | None, Artifact | None]:
+        """Return a benchmark of judges with its judge or the run's, the policy that judges, and its reference policy.
+
+        A policy that is its own reference has none.
+        """
+        tested, outside = settings.with_judge(self.config.judge), models.judge
+        if settings.judge is not None:
+            outside = models.benchmark_judges.get(name)
+        judging = RunJudge(self.config, self.run, tested.judge)
+        policy, reference = judging.resolve_policy(tested.judge.model, replace(models, judge=outside))
+        alone = policy is not None and reference is not None and policy.digest == reference.digest
+        return tested, policy, None if alone else reference
 
     def _seed(self) -> int:
         return derive_seed(self.config.seed, "evaluation")

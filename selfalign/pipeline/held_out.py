@@ -79,7 +79,7 @@ class HeldOutPairs:
 
     def _logps(self, label: Label, pairs: Artifact, policy: Artifact, loss: Loss) -> Artifact:
         """Compute a policy's log-probabilities of the pairs, given x and p⊕x, with the loss's p or the default p."""
-        augmentation = augmentation_of(loss) or Refinement()
+        augmentation = (augmentation_of(loss) or Refinement()).given_p()
         key = policy.digest, digest_json(to_key_json(augmentation))
         if key not in self.logps:
             self.logps[key] = self.run.make(

@@ -13,6 +13,8 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import RankedAnswers
 from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
+from selfalign.judges.panel import judges_in
+from selfalign.judges.protocol import verifies
 from selfalign.metrics import catalog
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageRunner
@@ -77,6 +79,7 @@ class RunInputs:
             evaluation.count,
             self.seed_data,
             self.other_training_data,
+            judged=True,
         )
         self.validation = self._read_instructions(
             "validation",
@@ -100,7 +103,7 @@ class RunInputs:
             source, schema = data.instruct.source, data.schema
             if source != DEMONSTRATIONS:
                 self.instructions = self._read_instructions(
-                    "instructions", "data.instruct.source", source, 0, None, schema=schema
+                    "instructions", "data.instruct.source", source, 0, None, schema=schema, judged=True
                 )
                 self._check_instructions(data.instruct)
         if evaluation.preference_pairs.source:
@@ -205,13 +208,20 @@ class RunInputs:
         trained_on: Sequence[Artifact] = (),
         measured: Sequence[Artifact] = (),
         schema: Schema | None = None,
+        *,
+        judged: bool = False,
     ) -> Artifact | None:
-        """Read the instructions of a data source, without the prompts of `seeds`, `trained_on` and `measured`."""
+        """Read the instructions of a data source, without the prompts of `seeds`, `trained_on` and `measured`.
+
+        Responses to those that are `judged` are scored by the run's judge.
+        """
         if not source:
             return None
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": seeds}
         if schema is not None:
             inputs["schema"] = schema
+        if judged and any(map(verifies, judges_in("judge", self.config.judge).values())):
+            inputs["verifiable"] = True
         others = [artifact for artifact in trained_on if artifact.digest != self.seed_data.digest]
         if found := overlapping(others, source):
             inputs["trained_on"] = found

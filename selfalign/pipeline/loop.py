@@ -12,8 +12,9 @@ from typing import Any
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
+from selfalign.data.pair_rules import PairRule
 from selfalign.judges.protocol import asks_a_policy, asks_a_server
-from selfalign.losses.protocol import augmentation_of, loss_at
+from selfalign.losses.protocol import loss_at, reference_augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
@@ -44,7 +45,7 @@ def run_pipeline(config: ExperimentConfig, run: StageRunner) -> None:
     method = Method(config, run, RunInputs(config, run))
     models = method.models()
     method.sft_data = method.demonstrations(models)
-    models.sft = models.current = method.supervise("M1", models, method.sft_data)
+    models.sft = models.current = method.fine_tune(models)
     method.evaluation.measure("M1", models)
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
@@ -118,6 +119,10 @@ class Method:
             max_score_imbalance=seeds.max_score_imbalance,
         )
 
+    def fine_tune(self, models: RunModels) -> Artifact:
+        """Return M1: M0 fine-tuned on the demonstrations, or M0 itself if nothing is to be taught."""
+        return self.supervise("M1", models, self.sft_data) if self.config.data.seed_data.fine_tune else models.base
+
     def supervise(self, name: str, models: RunModels, demonstrations: Artifact) -> Artifact:
         """Fine-tune the current model on demonstrations; without demonstrations, return it unchanged."""
         if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
@@ -180,11 +185,14 @@ class Method:
         rule, instructions = config.pair, self.instructions[-1]
         label = Label.iteration(iteration, f"{prefix}responses")
         responses = self._responses(config, label, iteration, models)
-        judgements = None
+        judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
+        judgements, second = None, {}
         if isinstance(rule, PositivesOnly) or rule.needs_scores:
             label = label.sibling(f"{prefix}judgements")
-            judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
             judgements = judging.judge(label, None, models, instructions, responses)
+        if isinstance(rule, PairRule) and rule.consistency != "none":
+            label = label.sibling(f"{prefix}second_judgements")
+            second["second"] = judging.judge(label, rule.consistent_with, models, instructions, responses)
         label = label.sibling(f"{prefix}pairs")
         pairs = self.run.make(
             label,
@@ -195,6 +203,7 @@ class Method:
             judgements=judgements,
             seed=self._seed(label),
             **({"thought_prompt": asked} if (asked := config.model.thinking.prompt) else {}),
+            **second,
         )
         meta = config.data.meta_judge
         if meta is None or iteration not in meta.chosen_iterations(config.iterations):
@@ -269,7 +278,7 @@ class Method:
             return self.supervise(name, replace(models, current=policy), pairs)
         inputs = {"pairs": pairs, "precision": train.align.logprob_settings(config.model.dtype)}
         if train.reference_logprobs == "precomputed":
-            p = augmentation_of(loss)
+            p = reference_augmentation_of(loss)
             label = Label.iteration(iteration, f"{prefix}reference")
             reference = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **inputs)
             if policy.digest != models.current.digest:

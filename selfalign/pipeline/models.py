@@ -7,14 +7,17 @@ from typing import Any
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
+from selfalign.judges.criteria import CriteriaConfig, written_criteria
 from selfalign.judges.panel import Panel, judges_in, model_of
-from selfalign.judges.protocol import OWN_MODELS, asks_a_policy, wants_model
+from selfalign.judges.protocol import OWN_MODELS, asks_a_policy, head_of, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
+from selfalign.models.reward_model import RewardHead
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.load_model import load_model
+from selfalign.stages.write_criteria import write_criteria
 from selfalign.store.artifacts import Artifact, Content
 
 
@@ -63,9 +66,12 @@ class RunModels:
         return self.named(name) if name is not None and name in OWN_MODELS else fixed
 
 
-def load_from_outside(run: StageRunner, label: Label, model: ModelConfig, key: str) -> Artifact:
-    """Load a model from outside the run; `key` is the setting that names it."""
-    return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)))
+def load_from_outside(
+    run: StageRunner, label: Label, model: ModelConfig, key: str, head: RewardHead | None = None
+) -> Artifact:
+    """Load a model from outside the run; `key` is the setting that names it, `head` sums a reward model's logits."""
+    reads = {} if head is None else {"head": head}
+    return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)), **reads)
 
 
 def judges_of(config: ExperimentConfig) -> dict[str, Any]:
@@ -119,11 +125,13 @@ def checkpoint_judge(config: ExperimentConfig, run: StageRunner) -> Artifact | N
 def _fixed_judge(config: ExperimentConfig, run: StageRunner, label: Label, judge: Any, key: str) -> Artifact | None:
     if not wants_model(judge):
         return None
-    return _outside(config, run, label, judge.model, key)
+    return _outside(config, run, label, judge.model, key, head_of(judge))
 
 
-def _outside(config: ExperimentConfig, run: StageRunner, label: Label, path: str, key: str) -> Artifact:
-    return load_from_outside(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model")
+def _outside(
+    config: ExperimentConfig, run: StageRunner, label: Label, path: str, key: str, head: RewardHead | None = None
+) -> Artifact:
+    return load_from_outside(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model", head)
 
 
 @dataclass(slots=True)
@@ -174,6 +182,9 @@ class RunJudge:
             for name, (key, member) in self._members.items()
         }
         policy, reference = self.resolve_policy(model_name or self.settings.model, models)
+        if (config := written_criteria(self.settings)) is not None:
+            writer = policy if config.model == "judge" else models.named(config.model)
+            instructions = self._write_criteria(label.criteria, config, writer, instructions)
         return self.run.make(
             label,
             judge,
@@ -194,11 +205,28 @@ class RunJudge:
             return {}
         return {name: (f"{self.key}.members.{name}", member) for name, member in self.settings.members.items()}
 
+    def _write_criteria(
+        self, label: Label, config: CriteriaConfig, writer: Artifact | None, instructions: Artifact
+    ) -> Artifact:
+        """Write criteria for instructions; those for the same instructions by the same writer are the same."""
+        return self.run.make(
+            label,
+            write_criteria,
+            config=config,
+            policy=writer,
+            instructions=instructions,
+            engine=self.config.engine,
+            seed=derive_seed(self.config.seed, "criteria"),
+        )
+
     def resolve_policy(self, model_name: str, models: RunModels) -> tuple[Artifact | None, Artifact | None]:
         """Return the policy that judges and its reference policy; None where the judge needs none."""
         if not asks_a_policy(self.settings):
             return None, None
-        policy = models.own_or(model_name, models.judge if self.key == "judge" else models.outside.get(self.key))
+        fixed = models.judge if self.key == "judge" else models.outside.get(self.key)
+        if head_of(self.settings) is not None:
+            return fixed, None
+        policy = models.own_or(model_name, fixed)
         if not isinstance(self.settings, ImplicitReward):
             return policy, None
         return policy, models.base if model_name == "sft" else models.reference

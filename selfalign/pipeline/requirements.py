@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
+from selfalign.benchmarks.arena_hard import ArenaHard
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
-from selfalign.core.records import Demonstration, PreferencePair, Prompt
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
 from selfalign.data.rows import TOOLS
 from selfalign.data.tails import is_plain, tails_of
 from selfalign.data.thinking import PromptEnd
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.comparator import PairwiseComparator, verdict_tokens
-from selfalign.judges.expected import ExpectedScore, score_tokens
+from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.criteria import CriteriaSource, criteria_of, written_criteria
+from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.protocol import augmentation_of, cannot_train, misfit
@@ -46,7 +48,7 @@ def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInpu
     if isinstance(base, PlannedArtifact):
         return  # In a plan nothing has been read yet.
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _router_loss, _quantisation, _judges)
-    checks = (*of_model, _conversations, _turns_and_tools, _thoughts, _scores)
+    checks = (*of_model, _criteria, _conversations, _turns_and_tools, _thoughts, _scores)
     configs = [config, *(config.in_iteration(int(start)) for start in config.at)]
     problems = [problem for own in configs for check in checks for problem in check(own, base, inputs)]
     if problems:
@@ -63,7 +65,8 @@ def _lengths(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Ite
 def _used_lengths(config: ExperimentConfig, inputs: RunInputs) -> dict[str, int]:
     """Return {setting: longest sequence in tokens} of the training stages of the run."""
     pairwise = config.loss.pairwise
-    has_sft = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"] or not pairwise
+    taught = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"]
+    has_sft = (config.data.seed_data.fine_tune and taught) or not pairwise
     used = {"sft": has_sft, "align": pairwise}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
@@ -89,10 +92,14 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
     if selection.interval_steps:
         writers["train.checkpoint_selection"] = selection
     samplings: dict[str, Sampling] = {f"{key}.sampling": writer.sampling for key, writer in writers.items()}
+    for key, judge in judges_of(config).items():
+        criteria = written_criteria(judge)
+        if criteria is not None and (criteria.model != "judge" or judge.model in OWN_MODELS):
+            samplings[f"{key}.criteria.sampling"] = criteria.sampling
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
             samplings[f"benchmark.{name}"] = benchmark.sampling(0.0)
-        elif isinstance(benchmark, AlpacaEval):
+        elif isinstance(benchmark, AlpacaEval | ArenaHard):
             samplings[f"benchmark.{name}.sampling"] = benchmark.sampling
     return samplings
 
@@ -119,15 +126,31 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInpu
 
 
 def _augmentation(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that p leaves a part of the context for x and a response."""
+    """Check that p leaves a part of the context for x and a response, and that prompts have the turns that it needs."""
     p = augmentation_of(config.loss)
     if p is None:
         return
     tokenizer, context = PolicyCheckpoint(base.path).load_tokenizer(), base.counts["context"]
-    if (length := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
+    for key, one in (("prompt", p.text(tokenizer)), ("negative_prompt", p.negative())):
+        if one is not None and (length := len(plain_ids(tokenizer, one.text))) >= context:
+            yield (
+                f"loss.refinement.{key} takes {length} tokens, so no pair fits after it into the model's context of "
+                f"{context} tokens: shorten it"
+            )
+    if p.place not in ("system", "after"):
+        return
+    if p.place == "system" and base.counts["chat_template"] and not base.counts["system_turns"]:
         yield (
-            f"loss.refinement.prompt takes {length} tokens, so no pair fits after it into the model's context of "
-            f"{context} tokens: shorten it"
+            "loss.refinement.place=system, but the model's chat template accepts no system turn: set another place, or "
+            "give another template with model.chat_template=FILE"
+        )
+    if inputs.pairs is None:
+        return
+    pairs = stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair)
+    if text := next((pair.id for pair in pairs if isinstance(pair.prompt, str)), None):
+        yield (
+            f"record {text}: loss.refinement.place={p.place} needs a prompt of turns, but the prompt is a text: set it "
+            "to dialogue"
         )
 
 
@@ -276,18 +299,35 @@ def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
 
 
 def _judges(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that the model's tokenizer has single tokens for the scores and verdicts of the run's own judges."""
+    """Check that the model's tokenizer has single tokens for what the run's own judges read as scores."""
     tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     if not tokenizer.chat_template:
         return
     try:
         for judge in _own_judges(config).values():
-            if isinstance(judge, ExpectedScore):
-                score_tokens(tokenizer, judge.min_score, judge.max_score)
-            if isinstance(judge, PairwiseComparator):
-                verdict_tokens(tokenizer, judge.key)
+            if check := getattr(judge, "check_tokenizer", None):
+                check(tokenizer)
     except SelfalignError as error:
         yield str(error)
+
+
+def _criteria(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that all instructions to be judged have criteria, if the judge takes those of the data."""
+    criteria = criteria_of(config.judge)
+    if criteria is None or criteria.source != CriteriaSource.given:
+        return
+    judged = {
+        "data.instruct.source": inputs.instructions,
+        "evaluate.instructions": inputs.questions,
+        "data.seed_data.ranked": inputs.ranked,
+    }
+    for key, artifact in judged.items():
+        records = stream_records(artifact.path / "instructions.jsonl", Instruction) if artifact else iter(())
+        if lacking := next((record.id for record in records if not record.criteria), None):
+            yield (
+                f"judge.criteria.source=given, but record {lacking} of {key} has no criteria: add the field criteria "
+                f"to its row, leave {key} empty, or set judge.criteria.source=written"
+            )
 
 
 def _own_judges(config: ExperimentConfig) -> dict[str, Any]:

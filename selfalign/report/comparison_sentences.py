@@ -168,7 +168,8 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
     """Yield those of the files that benchmarks read: named by a setting, or in a folder of tasks."""
     for name, settings in run.config.get("benchmark", {}).items():
         measured = next((label for label in run.stages if label.model_name and label.part == name), None)
-        known = {**settings.get("judge", {}), **settings}
+        named = {f"baselines.{category}": source for category, source in settings.get("baselines", {}).items()}
+        known = {**(settings.get("judge") or {}), **settings, **named}
         for key, content in run.inputs(measured).get("contents", {}).items() if measured else ():
             yield (
                 (f"benchmark.{name}.{key}", known[key], content)
@@ -178,7 +179,10 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
 
 
 def judged_apart(comparison: JobComparison) -> list[str]:
-    """Return the metrics for which different judges judged the last models: each job's own M1, or other rubrics."""
+    """Return the metrics for which different judges judged the last models: each job's own M1, or other rubrics.
+
+    Benchmarks of the runs' own judges are left out: there the judge is what is measured.
+    """
     judges: dict[str, set[str]] = {}
     for job in comparison.finished:
         if job.run is None:
@@ -187,7 +191,11 @@ def judged_apart(comparison: JobComparison) -> list[str]:
         places = {
             catalog.EVAL_WIN_RATE.name: Label.comparison(model, "M1"),
             catalog.EVAL_MEAN_SCORE.name: Label.evaluation(model, "scores"),
-            **{name: Label.evaluation(model, name) for name in job.run.config.get("benchmark", {})},
+            **{
+                name: Label.evaluation(model, name)
+                for name, settings in job.run.config.get("benchmark", {}).items()
+                if settings.get("judge", {}) is not None
+            },
         }
         for metric, label in places.items():
             if inputs := job.run.inputs(label):

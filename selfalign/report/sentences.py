@@ -8,7 +8,14 @@ from selfalign.report.html import compact, is_number, percent, strong
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
 
-SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward", "ExpectedScore": "expected score"}
+SCORES = {
+    "Pairwise": "wins of comparisons",
+    "ImplicitReward": "implicit reward",
+    "ExpectedScore": "expected score",
+    "Verifier": "share of what was to be checked",
+    "RewardModel": "reward",
+    "RubricScore": "share of an instruction's own criteria that are met",
+}
 RULES = {
     "BestWorst": "the best candidate was paired with the worst",
     "RandomPair": "two random candidates were paired, and the one with the higher score was chosen",
@@ -42,8 +49,8 @@ def _stand_in(run: Finished) -> list[str]:
 
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:
-    """Return the name of a judge as text: a server's model, or a model of the run, or the class of the judge."""
-    name: str = judge.get("model") or kind
+    """Return the name of a judge as text: a server's model, a model of the run, a function, or the judge's class."""
+    name: str = judge.get("model") or judge.get("function") or kind
     return judge.get("endpoint", {}).get("model") or WHO.get(name, name)
 
 

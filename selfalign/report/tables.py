@@ -174,7 +174,8 @@ def _benchmark_table(run: Finished, name: str, set_up: Row) -> str:
         Column.of(replace(catalog.of_benchmark(metric), name=f"{name}/{metric}", title=metric.replace("_", " ")))
         for metric in metrics
     ]
-    table = explained(name, [MODEL, *columns], run.models, judged_by(set_up.get("judge", {})))
+    judge = set_up.get("judge", {}) or (run.config["judge"] if "judge" in set_up else {})
+    table = explained(name, [MODEL, *columns], run.models, judged_by(judge))
     return f"<h3>{escape(name)}</h3>\n{table}" if metrics else ""
 
 
@@ -182,7 +183,7 @@ def judged_by(judge: Row) -> str:
     """Return a note on the judge of a benchmark that has one."""
     if not judge:
         return ""
-    server = judge["endpoint"]["model"]
+    server = judge.get("endpoint", {}).get("model")
     method = ", by its expected rating" if judge.get("method") == "logprobs" and not server else ""
     return note(f"Judged by {strong(server or judge['model'])}{method}.")
 

@@ -13,7 +13,6 @@ MODEL = re.compile(r"M(\d+)")
 COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
-WRITTEN = ("instructions", "responses", "answers")
 INPUTS = {"seeds", "questions", "given_outputs", "validation", "instructions", "ranked", "ift", "eft", "preferences"}
 INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
 """Names of a run's inputs."""
@@ -21,10 +20,17 @@ INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
 AHEAD = "ahead_"
 """Prefix of the parts of an iteration that a model is made from which only writes in it."""
 
+SECOND = "second_"
+"""Prefix of the judgements by a second judge of the same responses."""
+
+CRITERIA = {"judgements": "criteria", "scores": "answer_criteria", "ranked_scores": "ranked_criteria"}
+"""{part that the run's judge makes: the criteria that are written for it}."""
+
 JUDGE_PAIRS = "judge_pairs"
 """The part of an iteration that has its pairs of judgements."""
 
-REPEATED = ("answers", "scores", "ranked_scores")
+WRITTEN = ("instructions", "responses", "answers", *CRITERIA.values())
+REPEATED = ("answers", "scores", "ranked_scores", "answer_criteria", "ranked_criteria")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
 
@@ -100,6 +106,13 @@ class Label:
         """Return the label of another part of the same owner."""
         return replace(self, part=part)
 
+    @property
+    def criteria(self) -> "Label":
+        """The label of the criteria that are written for judgements with this label."""
+        part, by, name = self.part.partition("_by_")
+        begun = next((prefix for prefix in (AHEAD, SECOND) if part.startswith(prefix)), "")
+        return self.sibling(f"{begun}{CRITERIA[part.removeprefix(begun)]}{by}{name}")
+
     def link_in(self, folder: Path) -> Path:
         """Return the link to the artifact in a run folder."""
         return folder / "artifacts" / str(self)
@@ -145,12 +158,17 @@ class Label:
     @property
     def is_written(self) -> bool:
         """Whether a model of the run generates the artifact."""
-        return self.part.removeprefix(AHEAD).partition("_by_")[0] in WRITTEN
+        return self._role in WRITTEN
 
     @property
     def is_judged(self) -> bool:
         """Whether the run's judge makes the artifact."""
-        return self.part.removeprefix(AHEAD).partition("_by_")[0] in JUDGED and self.owner != "preferences"
+        return self._role in JUDGED and self.owner != "preferences"
+
+    @property
+    def _role(self) -> str:
+        """The part without what tells it from others of its kind."""
+        return self.part.removeprefix(AHEAD).removeprefix(SECOND).partition("_by_")[0]
 
     @property
     def is_meta_judged(self) -> bool:
@@ -179,7 +197,7 @@ class Label:
             return f"{BASELINE}/"
         if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
             return f"{self}/"
-        if self.part.startswith(AHEAD) or "_by_" in self.part or self.is_meta_judged:
+        if self.part.startswith((AHEAD, SECOND, JUDGE_PAIRS)) or "_by_" in self.part:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 

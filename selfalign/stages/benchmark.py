@@ -32,6 +32,7 @@ def benchmark(
     engine: Engine,
     seed: int,
     trained_on: Sequence[Artifact] = (),
+    reference: Artifact | None = None,
 ) -> Counts:
     """Run a benchmark on one model. The counts are named `<name>/<metric>`.
 
@@ -47,6 +48,7 @@ def benchmark(
         seed: seeds all sampling.
         trained_on: training data of the run that ask questions of the benchmark. All questions are measured, as a
             published benchmark wants, but a warning says how many there are.
+        reference: the policy that the judge was trained from, if the judge compares itself with it.
     """
     if trained_on:
         questions = asked_by(benchmark, name)
@@ -62,6 +64,7 @@ def benchmark(
         judge=PolicyCheckpoint(judge.path) if judge else None,
         engine=engine,
         seed=seed,
+        reference=PolicyCheckpoint(reference.path) if reference else None,
     )
     measured = benchmark.measure(context, out)
     dropped = {"dropped": measured.pop("dropped")} if "dropped" in measured else {}

@@ -9,6 +9,7 @@ from selfalign.data.mixtures import DataSource
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, compared_prompt, texts_in
+from selfalign.data.verifiable import checks_of
 from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, PlannedArtifact, Size, stage
@@ -31,6 +32,7 @@ def eval_instructions(
     trained_on: Sequence[Artifact] = (),
     held_out: Sequence[Artifact] = (),
     schema: Schema | None = None,
+    verifiable: bool = False,
 ) -> Counts:
     """Copy the first `count` instructions that no model was trained on into the store.
 
@@ -45,9 +47,10 @@ def eval_instructions(
         trained_on: other artifacts that the models were trained on, with demonstrations.jsonl or pairs.jsonl.
         held_out: instructions.jsonl of the evaluation, if these instructions select among models.
         schema: the user's description of the source's rows; None for a known format.
+        verifiable: whether each must say what is right, because the judge checks it.
 
     Raises:
-        SelfalignError: no instruction is left.
+        SelfalignError: no instruction is left, one does not say what is right, or two that ask the same differ in it.
     """
     demonstrations: list[Demonstration] = []
     if seeds is not None and seeds.counts["ift"]:
@@ -68,12 +71,27 @@ def eval_instructions(
         )
     distinct: dict[str, Instruction] = {}
     for instruction in unmeasured:
-        distinct.setdefault(compared(instruction.text), instruction)
+        first = distinct.setdefault(compared(instruction.text), instruction)
+        if (first.answer, first.constraints) != (instruction.answer, instruction.constraints):
+            raise SelfalignError(
+                f"{source}: {first.id} and {instruction.id} ask the same, but differ in what is right; keep one"
+            )
     drops.update(duplicate=len(unmeasured) - len(distinct), trained_on=len(new) - len(untrained))
     drops.update(held_out=len(untrained) - len(unmeasured))
     kept = [*distinct.values()][: count or None]
+    if verifiable:
+        _check_verifiable(source, kept)
     write_records(out.path / "instructions.jsonl", kept)
     return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(new), **(+drops)}}
+
+
+def _check_verifiable(source: DataSource, instructions: Sequence[Instruction]) -> None:
+    if silent := [one for one in instructions if not checks_of(one)]:
+        raise SelfalignError(
+            f"{source}: {len(silent)} of {len(instructions)} instructions, such as {silent[0].id}, have neither an "
+            "answer nor constraints, which the judge checks. Give them (docs/judges.md has their forms), or take "
+            "shipped:verifiable and shipped:verifiable_test"
+        )
 
 
 def overlapping(artifacts: Sequence[Artifact], source: DataSource) -> list[Artifact]:

@@ -30,6 +30,7 @@ from selfalign.judges.implicit import ImplicitReward
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.parsing import Parsed, parse_score
 from selfalign.judges.protocol import (
+    NO_MODEL,
     InstructionResponse,
     Judge,
     JudgeContext,
@@ -292,10 +293,11 @@ def _constancy(label: str, judge: Judge, tally: JudgeCounts) -> dict[str, float]
 
 
 def _failure(label: str, judge: Judge, tally: JudgeCounts) -> str:
+    better = "Try judge=expected_score, a model that can follow the rubric"
+    better = "Mend what cannot be scored" if judge.model == NO_MODEL else better
     undecided = f", {tally.undecided} of {tally.compared} comparisons carry no verdict" if tally.compared else ""
     return (
         f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)})"
         f"{undecided}; "
-        f"{tally.unread.describe(judge.token_setting)}Try judge=expected_score, a model that can follow the rubric, or "
-        "a larger judge.max_failure_rate"
+        f"{tally.unread.describe(judge.token_setting)}{better}, or raise judge.max_failure_rate"
     )

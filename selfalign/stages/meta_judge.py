@@ -213,7 +213,7 @@ def meta_judge(
                 tally.add(compared, counts)
                 write(compared)
     if wanted:
-        comparator.check_read(tally.unread, wanted, out.label)
+        comparator.check_failures(tally.unread, wanted, out.label)
     found = join_sorted(judged(), _comparisons(file), lambda one: one.instruction_id, file)
     write_records(out.path / "pairs.jsonl", tally.pairs_of(found, judge, comparator.max_chosen_characters))
     if tally.pairs < comparator.minimum_pairs:

@@ -9,10 +9,10 @@ from msgspec import UNSET, to_builtins
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_json, digest_text
-from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
+from selfalign.core.jsonl import count_records, join_sorted, read_records, read_scores, stream_records, write_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.mixtures import DataSource
-from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
+from selfalign.data.pair_rules import PairRule, ScoredResponse, agreement, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_pairs
 from selfalign.data.tails import texts_asked_in
@@ -59,6 +59,7 @@ def pair(
     judgements: Artifact | None,
     seed: int,
     thought_prompt: str = "",
+    second: Artifact | None = None,
 ) -> Counts:
     """Turn scored responses into preference pairs or positives.
 
@@ -70,6 +71,7 @@ def pair(
         judgements: scores.jsonl; None for a rule that needs no scores.
         seed: seeds the rule's random choices, together with the instruction's id.
         thought_prompt: the prompt that asked for the thoughts of the responses.
+        second: scores.jsonl of a second judge, for `rule.consistency`.
 
     Raises:
         SelfalignError: too few pairs or positives are left; the drops are counted by reason.
@@ -80,6 +82,9 @@ def pair(
         assert isinstance(rule, PairRule)
         groups = _unjudged(rule, instructions, responses)
     tally = PairCounts()
+    if second is not None and judgements is not None and isinstance(rule, PairRule):
+        seen = read_groups(instructions, responses, judgements)
+        tally.consistency = Consistency.of(seen, read_scores(second.path), each=rule.consistency == "each")
     if isinstance(rule, PositivesOnly):
         counts = _keep_positives(out, rule, tally.count_groups(groups), tally, thought_prompt)
     else:
@@ -125,6 +130,30 @@ def _unjudged(rule: PairRule, instructions: Artifact, responses: Artifact) -> It
         yield InstructionGroup(instruction, group, rule.assumed_scores(group))
 
 
+@dataclass(frozen=True, slots=True)
+class Consistency:
+    """How far two judges agree on the order of the responses.
+
+    Attributes:
+        mean: the mean agreement over all instructions with two responses that both have scored.
+        each: {instruction id: its agreement}; empty if all instructions have the mean.
+    """
+
+    mean: float
+    each: dict[str, float]
+
+    @classmethod
+    def of(cls, groups: Iterable[InstructionGroup], others: dict[str, float], *, each: bool) -> "Consistency | None":
+        """Compare the scores of groups with those of another judge; None where no instruction can be compared."""
+        found = {group.instruction.id: agreement(group.scores, others) for group in groups}
+        known = {name: value for name, value in found.items() if value is not None}
+        return cls(math.fsum(known.values()) / len(known), known if each else {}) if known else None
+
+    def label_smoothing(self, instruction: str) -> float:
+        """Return ε of an instruction's pairs. One that cannot be compared has that of the mean."""
+        return 1 - self.each.get(instruction, self.mean)
+
+
 @dataclass(slots=True)
 class PairCounts:
     """Running counts over instructions and pairs.
@@ -137,6 +166,7 @@ class PairCounts:
         margin: mean score margin of the pairs.
         length_difference: mean tokens of the chosen response minus those of the rejected one.
         length_correlation: mean over instructions of Spearman's correlation of score and length.
+        consistency: of two judges, where there are two.
     """
 
     instructions: int = 0
@@ -146,6 +176,7 @@ class PairCounts:
     margin: RunningMean = field(default_factory=RunningMean)
     length_difference: RunningMean = field(default_factory=RunningMean)
     length_correlation: RunningMean = field(default_factory=RunningMean)
+    consistency: Consistency | None = None
 
     def count_groups(self, groups: Iterable[InstructionGroup]) -> Iterator[InstructionGroup]:
         """Yield the groups unchanged and count each one."""
@@ -179,6 +210,8 @@ def _keep_pairs(
                 tally.margin.add(chosen.score - rejected.score)
                 tally.length_difference.add(chosen.response.tokens - rejected.response.tokens)
                 made = _pair_of(group.instruction, chosen, rejected, thought_prompt)
+                if tally.consistency is not None:
+                    made = replace(made, label_smoothing=tally.consistency.label_smoothing(group.instruction.id))
                 yield made if rule.needs_scores else replace(made, chosen_score=None, rejected_score=None)
         if tally.margin.count < rule.minimum_pairs:
             raise SelfalignError(
@@ -193,6 +226,7 @@ def _keep_pairs(
         catalog.CANDIDATE_PAIRS.name: tally.wanted,
         **({catalog.MEAN_SCORE_MARGIN.name: tally.margin.value} if rule.needs_scores else {}),
         catalog.MEAN_LENGTH_DIFFERENCE.name: tally.length_difference.value,
+        **({catalog.CONSISTENCY.name: tally.consistency.mean} if tally.consistency is not None else {}),
         **({catalog.UNJUDGED_RESPONSES.name: tally.unjudged} if rule.needs_scores else {}),
         "dropped": dict(sorted(tally.drops.items())),
     }

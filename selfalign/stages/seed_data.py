@@ -62,6 +62,8 @@ class SeedDataConfig:
         assistant_turns: the turns of a demonstration with several turns that are taught. "last": the last one; those
             before it are its prompt. "all": each of the assistant's, except for those that the data mark as not to be
             trained on.
+        fine_tune: whether M0 is fine-tuned on these data to M1. If false, M1 is M0, and demonstrations are examples of
+            instructions, or answers to train against.
     """
 
     demonstrations: Any = "shipped:ift"
@@ -72,6 +74,7 @@ class SeedDataConfig:
     eft_source: EFTSource = EFTSource.human
     max_score_imbalance: float = 1.0
     assistant_turns: AssistantTurns = field(default=AssistantTurns.last, metadata={"keyed": "if set"})
+    fine_tune: bool = field(default=True, metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         self.demonstrations = data_source(self.demonstrations, "data.seed_data.demonstrations")
@@ -84,6 +87,11 @@ class SeedDataConfig:
         if self.max_score_imbalance < 1:
             raise SelfalignError(
                 f"data.seed_data.max_score_imbalance must be 1 or more, got {self.max_score_imbalance}"
+            )
+        if not self.fine_tune and self.ranked and self.eft_source != EFTSource.none:
+            raise SelfalignError(
+                f"data.seed_data.eft_source={self.eft_source.value} teaches judging, and "
+                "data.seed_data.fine_tune=false teaches nothing: set data.seed_data.eft_source=none"
             )
         if self.eft_source == EFTSource.baseline and not (self.demonstrations and self.ranked):
             raise SelfalignError(
@@ -304,7 +312,10 @@ def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
     write_records(out.path / "ranked.jsonl", questions)
     write_records(
         out.path / "instructions.jsonl",
-        [Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns) for q in questions],
+        [
+            Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns, criteria=q.criteria)
+            for q in questions
+        ],
     )
     write_records(
         out.path / "responses.jsonl", [answer for question in questions for answer in given_answers(question)]

@@ -12,6 +12,15 @@ FORMAT = 5
 
 
 @runtime_checkable
+class CallsCode(Protocol):
+    """A component that calls code from outside besides that of its class."""
+
+    def called_code(self) -> dict[str, str]:
+        """Return {file or package: digest of its code}."""
+        ...
+
+
+@runtime_checkable
 class Keyed(Protocol):
     """A value that itself says what it counts as in a key, such as an artifact, which counts as its content."""
 
@@ -26,7 +35,8 @@ def key_of(stage: str, inputs: dict[str, Any]) -> str:
 def to_key_json(value: Any) -> Any:
     """Return inputs as plain JSON for the key. A dataclass counts as its class and fields.
 
-    A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
+    A class that is not selfalign's own counts with the code of its package, by which a changed one is another; so does
+    a function of the user's that a component calls.
     A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result. One
     with {"keyed": "if set"} is left out while it has its default, so that a new setting leaves older keys as they are.
     """
@@ -36,7 +46,8 @@ def to_key_json(value: Any) -> Any:
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
         keyed = [f.name for f in fields(value) if _is_keyed(f, getattr(value, f.name))]
-        code = {SOURCE: found} if (found := source_code(type(value))) else {}
+        found = source_code(type(value)) | (value.called_code() if isinstance(value, CallsCode) else {})
+        code = {SOURCE: found} if found else {}
         return {"class": type(value).__name__, **code, **{name: to_key_json(getattr(value, name)) for name in keyed}}
     if isinstance(value, dict):
         return {str(key): to_key_json(item) for key, item in value.items()}

@@ -27,6 +27,7 @@ from selfalign.losses.protocol import (
     is_refined,
     loss_during,
     misfit,
+    reference_augmentation_of,
     refinement_of,
 )
 from selfalign.losses.refinement import Normalisation
@@ -185,7 +186,7 @@ class Preference:
         start = self.losses(examples, reference, reference, weighed)
         policy = policy.detach()
         zeros = [*rewards(self.loss.beta, policy, reference)]
-        if offset is not None and augmentation_of(self.loss):
+        if offset is not None and reference_augmentation_of(self.loss):
             zeros.append(offset)
         count = float(len(examples))
         metrics = {
@@ -244,10 +245,13 @@ class Preference:
             policy = policy or frozen_logps(model, groups_of(examples))
             return loss.delta(policy, reference or self.references(model, examples))
         policy_p = frozen_logps(model, groups_of(examples, augmented=True))
+        if source.source == "contrastive":
+            negatives = [example.negative for example in examples if example.negative is not None]
+            return loss.delta(policy_p, frozen_logps(model, negatives))
         return loss.delta(policy_p, self.references(model, examples, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
-        """Check that the policy starts as its reference, so that all rewards and all Δ are 0 at the first step.
+        """Check that the policy starts as its reference, so that all rewards, and Δ of both, are 0 at the first step.
 
         Args:
             distance: the largest absolute reward or Δ, in units of reward.

@@ -6,11 +6,25 @@ from typing import Any
 import benchmarking
 import pytest
 import test_alpaca_eval
+import test_arena_hard
+import test_judge_benchmarks
 import test_mt_bench
 import test_rating
 from mutation import Check, assert_caught
 
-from selfalign.benchmarks import alpaca_eval, grading, mt_bench, multi_turn, rating
+from selfalign.benchmarks import (
+    alpaca_eval,
+    arena_hard,
+    arena_judge,
+    grading,
+    judge_bench,
+    judge_test,
+    mt_bench,
+    multi_turn,
+    rating,
+    reward_bench,
+    style,
+)
 from selfalign.benchmarks.rating import Grade
 
 MT = test_mt_bench
@@ -93,6 +107,52 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
     "ratings from 0": (
         rating, test_rating, "enumerate(shares, start=LOW)", "enumerate(shares)",
         test_rating.test_ten_as_one_token_needs_no_second_look,
+    ),
+    "strong verdict counted once": (
+        arena_hard, test_arena_hard, "STRONG_WEIGHT if", "1 if",
+        test_arena_hard.test_value_of_each_verdict_is_the_models_in_either_place,
+    ),
+    "baseline's verdicts as the model's": (
+        arena_hard, test_arena_hard,
+        "game.verdict.score if is_first else 1 -", "1 - game.verdict.score if is_first else",
+        test_arena_hard.test_value_of_each_verdict_is_the_models_in_either_place,
+    ),
+    "games in the other order": (
+        arena_hard, test_arena_hard, "for game in (as_second, as_first)", "for game in (as_first, as_second)",
+        test_arena_hard.test_files_are_in_arena_hard_autos_layout,
+    ),
+    "verdict of another spelling misread": (
+        arena_judge, test_arena_hard, '"B<A": ArenaVerdict.A,', '"B<A": ArenaVerdict.B,',
+        test_arena_hard.test_verdicts_are_read_in_every_spelling,
+    ),
+    "code counted as markdown": (
+        style, test_arena_hard, 'CODE.sub("", text)', "text",
+        test_arena_hard.test_style_counts_markdown_outside_of_code,
+    ),
+    "tie for the best as a win": (
+        judge_test, test_judge_benchmarks, "/ len(best)", "",
+        test_judge_benchmarks.test_share_of_best_is_of_the_highest_scores,
+    ),
+    "failure left out": (
+        judge_test, test_judge_benchmarks, "if len(known) < len(scores):", "if not known:",
+        test_judge_benchmarks.test_share_of_best_is_of_the_highest_scores,
+    ),
+    "mathematics as any other": (
+        reward_bench, test_judge_benchmarks, "984 / 447", "1.0",
+        test_judge_benchmarks.test_pairs_are_averaged_by_section_with_mathematics_as_much_as_code,
+    ),
+    "spread of the other answers": (
+        reward_bench, test_judge_benchmarks, "max(known[:correct]) - min(known[:correct])",
+        "max(known[correct:]) - min(known[correct:])",
+        test_judge_benchmarks.test_score_of_ties_is_reward_bench_2s,
+    ),
+    "one order suffices": (
+        judge_bench, test_judge_benchmarks, "return there - back", "return there",
+        test_judge_benchmarks.test_pairwise_judge_must_be_right_on_the_whole,
+    ),
+    "right response second": (
+        judge_bench, test_judge_benchmarks, "responses if found.label", "responses[::-1] if found.label",
+        test_judge_benchmarks.test_scores_decide_pairs_and_a_tie_is_wrong,
     ),
 }  # fmt: skip
 

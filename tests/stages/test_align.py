@@ -33,7 +33,7 @@ from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import DPO, IPO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO, log_ratio_margin
-from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
+from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, reference_augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
@@ -109,7 +109,7 @@ def aligned(
             place,
             policy=policy_artifact(asked),
             pairs=given,
-            augmentation=augmentation_of(loss),
+            augmentation=reference_augmentation_of(loss),
             precision=optimised.logprob_settings(kept_in),
         )
     rows: list[dict] = []
@@ -517,6 +517,35 @@ def test_lambda_rises_from_zero_over_the_warm_up(tmp_path: Path, tiny_policy: Po
         for n, loss in enumerate((risen, SrDPO(beta=0.2, lam=0.3), SrDPO(beta=0.2, lam=0.6)))
     ]
     assert digests[0] == digests[1] != digests[2]  # Δ is 0 at the first step, so λ does not matter there.
+
+
+def test_contrast_compares_the_current_policy_with_itself_behind_both_prompts(tiny_policy: PolicyCheckpoint) -> None:
+    """Δ = β{[log π(y⁺|p⊕x) - log π(y⁺|p⁻⊕x)] - [the same of y⁻]}, from full logits; the reference has no part in it."""
+    refinement = Refinement(source="contrastive", prompt="Do well. ", negative_prompt="Do badly, please. ")
+    objective, model, examples = objective_on(tiny_policy, SrDPO(beta=0.2, lam=0.5, refinement=refinement))
+    examples = [replace(example, augmented_reference=[]) for example in examples]
+    expected = []
+    for pair in PAIRS:
+        asked = pair.prompt[0]["content"]
+        behind = [replace(pair, prompt=[{"content": f"{p}{asked}"}]) for p in ("Do well. ", "Do badly, please. ")]
+        (chosen, rejected), (chosen_n, rejected_n) = (direct_logps(tiny_policy, one) for one in behind)
+        expected.append(0.2 * ((chosen - chosen_n) - (rejected - rejected_n)))
+    outcome = objective(model, examples)
+    assert outcome.metrics["refinement/mean"].value == pytest.approx(sum(expected) / 4, rel=1e-3)
+    total = sum(math.log(1 + math.exp(0.4 + 0.5 * delta)) for delta in expected)
+    assert float(outcome.loss.detach()) == pytest.approx(total, rel=1e-4)
+
+
+def test_contrast_need_not_be_zero_at_the_first_step(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    """A reference of other weights is still noticed."""
+    loss = SrDPO(beta=0.2, refinement=Refinement(source="contrastive"))
+    _, _, rows = aligned(tmp_path / "own", tiny_policy, loss)
+    assert abs(rows[0]["refinement/mean"]) > 1e-3
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert rows[-1]["rewards/margins"] > 0
+    other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
+    with pytest.raises(SelfalignError, match="does not start as its reference"):
+        aligned(tmp_path / "wrong", tiny_policy, loss, judged_by=other)
 
 
 def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyCheckpoint) -> None:

@@ -10,7 +10,15 @@ from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import Demonstration, FinishReason, Instruction, Message, PreferencePair, Response
+from selfalign.core.records import (
+    Demonstration,
+    FinishReason,
+    Instruction,
+    Message,
+    PreferencePair,
+    Response,
+    ResponseScore,
+)
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.data.turns import as_prompt, as_text
 from selfalign.stages import pair as module
@@ -26,6 +34,7 @@ def made(
     rule: PairRule | PositivesOnly | None = None,
     answers: list[Response] | None = None,
     seed: int = 0,
+    second: dict[str, float] | None = None,
 ):
     """Runs the stage on one response for every name; returns its counts and the pairs."""
     names = list(scores)
@@ -44,10 +53,33 @@ def made(
         responses=place,
         judgements=place,
         seed=seed,
+        second=None if second is None else records_artifact(folder / "second", scores=scored(second)),
     )
     kind = Demonstration if isinstance(rule, PositivesOnly) else PreferencePair
     name = "demonstrations" if isinstance(rule, PositivesOnly) else "pairs"
     return counts, read_records(folder / "out" / f"{name}.jsonl", kind)
+
+
+def scored(scores: dict[str, float]) -> list[ResponseScore]:
+    return [ResponseScore(id=name, score=score, valid=1, variance=None) for name, score in scores.items()]
+
+
+@pytest.mark.parametrize(("kind", "smoothings"), [("each", [0.0, 1.0]), ("mean", [0.5, 0.5])])
+def test_pairs_are_smoothed_by_how_far_a_second_judge_disagrees(
+    tmp_path: Path, kind: str, smoothings: list[float]
+) -> None:
+    scores: Scores = {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]}
+    second = {"a-1": 10.0, "a-2": 20.0, "b-1": 20.0, "b-2": 10.0}
+    counts, pairs = made(tmp_path, scores, BestWorst(consistency=kind), second=second)
+    assert [pair.label_smoothing for pair in pairs] == smoothings
+    assert counts["consistency"] == 0.5
+
+
+def test_instruction_that_the_second_judge_did_not_score_has_the_mean_consistency(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2], "c-1": [1], "c-2": [2]}
+    second = {"a-1": 10.0, "a-2": 20.0, "b-1": 20.0, "b-2": 10.0, "c-1": 3.0}
+    _, pairs = made(tmp_path, scores, BestWorst(consistency="each"), second=second)
+    assert [pair.label_smoothing for pair in pairs] == [0.0, 1.0, 0.5]
 
 
 def test_highest_mean_is_chosen_and_lowest_rejected(tmp_path: Path) -> None:

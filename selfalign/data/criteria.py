@@ -1,0 +1,45 @@
+"""The criteria of an instruction in a row of given data."""
+
+from typing import Any
+
+from msgspec import UNSET
+
+from selfalign.core.records import Criteria, Criterion
+from selfalign.data.rows import CRITERIA, Row, shown
+
+TEXTS = ("criterion", "text", "description")
+"""Fields of a criterion with its statement."""
+
+WEIGHTS = ("weight", "points")
+"""Fields of a criterion with its weight, which is 1 where there is none."""
+
+
+def read_criteria(row: Row) -> Criteria:
+    """Return the criteria in a row's field `criteria` or `rubric`: texts, or objects with a text and a weight.
+
+    Raises:
+        SelfalignError: they are something else, or stand in several fields.
+    """
+    names = [name for name in CRITERIA if row.fields.get(name)]
+    if len(names) > 1:
+        row.refuse(f"{' and '.join(names)} are both criteria; keep one")
+    if not names:
+        return UNSET
+    [name] = names
+    items = row.fields[name]
+    if not isinstance(items, list):
+        row.refuse(f"{name}: expected a list of texts, or of objects with {' or '.join(TEXTS)}, got {shown(items)}")
+    return [_criterion(row, f"{name}[{index}]", item) for index, item in enumerate(items)]
+
+
+def _criterion(row: Row, place: str, item: Any) -> Criterion:
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, dict):
+        row.refuse(f"{place}: expected a text or an object, got {shown(item)}")
+    part = Row(f"{row.where}: {place}", item)
+    weight = part.number(*WEIGHTS)
+    try:
+        return Criterion(text=part.one_text(TEXTS).strip(), weight=1.0 if weight is None else float(weight))
+    except ValueError:
+        part.refuse(f"expected a text in {' or '.join(TEXTS)} and a weight other than 0; found {part.found()}")
