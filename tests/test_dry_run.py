@@ -234,7 +234,7 @@ def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchm
     names = [name for name in modules() if name.startswith("stages.")]
     members = [vars(importlib.import_module(f"selfalign.{name}")).values() for name in names]
     with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).all_ranks}
-    assert len(with_models) == 10
+    assert len(with_models) == 11
     assert all(declared(one).size for one in with_models)
     assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {benchmark}
 

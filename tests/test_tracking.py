@@ -189,6 +189,8 @@ def test_no_tracking_takes_everything_and_says_so(tmp_path: Path) -> None:
         ("evaluation_M2/numbers", ""),
         ("evaluation_M2/mt_bench", ""),
         ("evaluation_M2/scores", "evaluation/scores/"),
+        ("iteration_1/judge_pairs", "judge_pairs/"),
+        ("iteration_1/ahead_judge_pairs", "ahead_judge_pairs/"),
         ("preferences/scores", "preferences/scores/"),
         ("preferences/pairs", "preferences/pairs/"),
         ("evaluation_M2/ranked_scores", "evaluation/ranked_scores/"),

@@ -17,13 +17,22 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
 from selfalign.core.jsonl import HasId, read_records, write_records
-from selfalign.core.records import Criterion, Demonstration, Instruction, PreferencePair, Prompt
-from selfalign.data.turns import as_prompt
+from selfalign.core.records import (
+    Criterion,
+    Demonstration,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    PreferencePair,
+    Prompt,
+)
+from selfalign.data.turns import as_prompt, as_text
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.criteria import CriteriaConfig, criteria_of
 from selfalign.judges.protocol import NO_MODEL, InstructionResponse, asks_a_server
 from selfalign.judges.rubric import EXAMPLE
+from selfalign.judges.sampled import SampledScore
 from selfalign.launch.profiler import Measured, ProfilingOutput, StageEstimate, forget_peak_memory, measure, peak
 from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, distinct, max_length_generation
 from selfalign.losses.protocol import PreferenceLoss
@@ -39,6 +48,7 @@ from selfalign.stages.judge import Judge
 from selfalign.stages.judge import judge as judge_stage
 from selfalign.stages.kl_divergence import kl_divergence
 from selfalign.stages.load_model import load_model
+from selfalign.stages.meta_judge import MetaJudge, meta_judge
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
@@ -105,6 +115,7 @@ class StageEstimator:
             write_criteria: self._write_criteria,
             judge_stage: self._judge,
             head_to_head: self._head_to_head,
+            meta_judge: self._meta_judge,
             kl_divergence: self._kl_divergence,
             reference_logprobs: self._reference_logprobs,
         }
@@ -285,6 +296,55 @@ class StageEstimator:
         given |= {"policy": others["policy"], "seed": others["seed"]}
         measured, _ = self._measure(label, head_to_head, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
+
+    def _meta_judge(
+        self,
+        label: str,
+        *,
+        comparator: MetaJudge,
+        judge: SampledScore,
+        instructions: Artifact,
+        responses: Artifact,
+        engine: Any,
+        **others: Any,
+    ) -> None:
+        def ask(instruction: str, response: str, judgement: str) -> Prompt:
+            return comparator.ask(as_text(judge.ask(instruction, response)), judgement, judgement)
+
+        count, answer = records_in(instructions, "instructions"), self._written(responses)
+        compared = count * comparator.comparisons_of(judge.num_samples)
+        room = 1 << 30 if asks_a_server(comparator) else self.longest.context - max_judgement_tokens(comparator) - 8
+        tokens = [self.longest.prompt_tokens(answer), answer, judge.sampling.longest]
+        *texts, written = self.longest.fitting(ask, tokens, room)
+        if asks_a_server(comparator):
+            self._bill(
+                label, comparator, 2 * compared, ask(texts[0], texts[1], written), max_judgement_tokens(comparator)
+            )
+            return
+        scores = [judge.min_score, judge.max_score, judge.max_score]
+        each = comparator.comparisons_of(len(scores))
+        few = self._few(count, 2 * each * self.longest.count("".join([*texts, written, written])), engine)
+        subjects = self._subjects(few, 1, texts)
+        given = self._write(
+            instructions=[subject.instruction for subject in subjects],
+            responses=[subject.response for subject in subjects],
+            judgements=[
+                Judgement(
+                    id=f"{subject.response.id}-{n}",
+                    response_id=subject.response.id,
+                    status=JudgementStatus.OK,
+                    score=score,
+                    text=distinct(written, n),
+                    model="dry run",
+                )
+                for subject in subjects
+                for n, score in enumerate(scores)
+            ],
+        )
+        shared = {"instructions": given, "responses": given, "engine": engine, "judge": judge}
+        shared |= {"comparator": replace(comparator, minimum_pairs=0), "policy": others["policy"]}
+        measured, _ = self._measure(label, meta_judge, [few], seed=others["seed"], **shared, judgements=given)
+        self._add_batches(label, measured, measured.batches_of(compared / (few * each)))
 
     def _kl_divergence(self, label: str, *, answers: Artifact, **others: Any) -> None:
         count, written = records_in(answers, "responses"), self._written(answers)

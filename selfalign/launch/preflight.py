@@ -35,7 +35,7 @@ from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import searches
 from selfalign.pipeline.loop import plan
 from selfalign.pipeline.models import judges_of
-from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label
+from selfalign.runs.labels import Kind, Label
 from selfalign.tracking.wandb import Wandb, environment_mode, has_key
 from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
@@ -146,7 +146,7 @@ def probes(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
     busy = {
         **dict.fromkeys(judged, True),
         "train.checkpoint_selection.head_to_head": any(label.is_aligned for label in labels),
-        "data.meta_judge": any(label.part.endswith(JUDGE_PAIRS) for label in labels),
+        "data.meta_judge": any(label.is_meta_judged for label in labels),
         "evaluate.head_to_head": any(label.opponent for label in labels),
         "evaluate.preference_pairs.judge": Label.input("preferences", "scores") in labels,
     }

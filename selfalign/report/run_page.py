@@ -68,6 +68,7 @@ PURPOSES = {
     "checkpoint_judge": "preparing the judge of checkpoints",
     "judgements": "judging candidates",
     "pairs": "pairing",
+    "judge_pairs": "judging judgements",
     "reference": "reference log-probabilities",
     "start": "log-probabilities before alignment",
     "preferences/pairs": "evaluation: held-out pairs",

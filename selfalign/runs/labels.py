@@ -171,6 +171,11 @@ class Label:
         return self.part.removeprefix(AHEAD).removeprefix(SECOND).partition("_by_")[0]
 
     @property
+    def is_meta_judged(self) -> bool:
+        """Whether the artifact has pairs of judgements."""
+        return self.part.removeprefix(AHEAD) == JUDGE_PAIRS
+
+    @property
     def opponent(self) -> str:
         """The opponent in a comparison of two models; empty for other artifacts."""
         found = COMPARISON.fullmatch(self.part)

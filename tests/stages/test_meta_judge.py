@@ -16,7 +16,7 @@ from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.stages.judge import SampledScore
 from selfalign.stages.meta_judge import MetaJudge, meta_judge
 from selfalign.stages.pair import gather_pairs
-from selfalign.store.artifacts import Artifact, Counts
+from selfalign.store.artifacts import Counts
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
 JUDGE = SampledScore(prompt=RUBRIC)
@@ -34,7 +34,7 @@ def judgement(name: str, sample: int, score: float | None, text: str = "") -> Ju
     )
 
 
-def given(folder: Path, scores: Scores, texts: dict[str, str] | None = None) -> dict[str, Artifact]:
+def given(folder: Path, scores: Scores, texts: dict[str, str] | None = None) -> dict[str, Any]:
     """The stage's records: the instructions that the responses begin with, and judgements with these scores."""
     names = dict.fromkeys(name.rsplit("-", 1)[0] for name in scores)
     judged = [
