@@ -637,7 +637,7 @@ BEYOND_CONTEXT = {
         "so no EFT example fits into train.sft.max_length=60: raise it or shorten the prompt",
     ),
     "answers to distorted instructions": (
-        "judge=additive judge.prompt='{instruction} {response} Score:' judge.sampling.max_new_tokens=9 "
+        "judge=additive judge.prompt='{instruction}{response}Score:' judge.sampling.max_new_tokens=9 "
         "data.seed_data.eft_source=synthetic data.distortion.answer_sampling.max_new_tokens=512 "
         "data.distortion.sampling.max_new_tokens=9",
         "data.distortion.answer_sampling.max_new_tokens=512 leaves no token of the model's context of 512 for a "
