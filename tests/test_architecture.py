@@ -244,7 +244,9 @@ NEEDED = {
     "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
 }
 NEEDED |= {
-    option: NEEDED["preset/llama2_70b"] for option in OPTIONS if re.match(r"experiment/self_(?!.*small)", option)
+    option: NEEDED["preset/llama2_70b"]
+    for option in OPTIONS
+    if re.match(r"experiment/self_rewarding(?!.*small)", option)
 }
 NEEDED |= {option: VICUNA for option in OPTIONS if re.match(r"experiment/quality_(?!.*(small|ultrafeedback))", option)}
 NEEDED["experiment/self_rewarding_positives"] = [one for one in UNPUBLISHED if "checkpoint_selection" not in one]

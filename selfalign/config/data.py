@@ -5,7 +5,7 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.mixtures import data_source
-from selfalign.stages.distorted import DistortionConfig
+from selfalign.stages.distorted_instructions import DistortionConfig
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.respond import RespondConfig
 from selfalign.stages.seed_data import SeedDataConfig

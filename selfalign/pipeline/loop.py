@@ -26,7 +26,7 @@ from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
 from selfalign.stages.demonstrated import demonstrated_instructions, demonstrated_responses
-from selfalign.stages.distorted import distorted_instructions, distorted_questions
+from selfalign.stages.distorted_instructions import distorted_instructions, distorted_questions
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
 from selfalign.stages.meta_judge import meta_judge

@@ -1,4 +1,4 @@
-"""Distorted instructions, and ranked answers from them: demonstrations, and worse answers that a policy gave to others.
+"""distorted_instructions: demonstrations + a policy → other instructions, and questions ranked by their answers.
 
 A policy writes an instruction that looks like a demonstration's, and answers it. The answer is the worse one to the
 demonstration's own instruction, so nobody has to rank answers (Self-Taught Evaluators, arXiv 2408.02666).

@@ -22,7 +22,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, FinishReason, Instruction, Message, RankedAnswers, Response
 from selfalign.engines.protocol import Completion, Sampling
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.stages.distorted import DistortionConfig, distorted_instructions, distorted_questions
+from selfalign.stages.distorted_instructions import DistortionConfig, distorted_instructions, distorted_questions
 
 TALK: list[Message] = [
     {"role": "user", "content": "Name a bird."},
