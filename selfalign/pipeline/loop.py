@@ -25,7 +25,7 @@ from selfalign.runs.labels import BASELINE, JUDGE_PAIRS, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
-from selfalign.stages.demonstrated import demonstrated_instructions, demonstrated_responses
+from selfalign.stages.demonstrated_instructions import demonstrated_instructions, demonstrated_responses
 from selfalign.stages.distorted_instructions import distorted_instructions, distorted_questions
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct

@@ -1,4 +1,7 @@
-"""Demonstrations as instructions and as responses to them, to train a policy against them (SPIN, arXiv 2401.01335)."""
+"""demonstrated_instructions: demonstrations → their prompts as instructions, and their answers as responses.
+
+They train a policy against what was demonstrated (SPIN, arXiv 2401.01335).
+"""
 
 import random
 from collections.abc import Iterator
