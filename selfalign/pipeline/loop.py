@@ -53,7 +53,8 @@ def run_pipeline(config: ExperimentConfig, run: StageRunner) -> None:
         reference = method.reference(iteration, models)
         aligned = method.align(iteration, models, pairs)
         models.previous, models.current, models.reference = models.current, aligned, reference
-        method.evaluation.measure(model_after(iteration), models)
+        loss = config.in_iteration(iteration).loss
+        method.evaluation.measure(model_after(iteration), models, loss=loss)
 
 
 def plan(config: ExperimentConfig) -> list[tuple[Label, str]]:
