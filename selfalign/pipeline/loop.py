@@ -7,32 +7,28 @@ responses (arXiv 2405.21040).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
-from selfalign.data.pair_rules import PairRule
-from selfalign.judges.protocol import asks_a_policy, asks_a_server
+from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.protocol import loss_at, reference_augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
+from selfalign.pipeline.generation import PairGeneration
 from selfalign.pipeline.inputs import RunInputs, makes_baseline
 from selfalign.pipeline.models import RunJudge, RunModels, checkpoint_judge, fixed_judges, load_from_outside
 from selfalign.pipeline.requirements import check_requirements
-from selfalign.runs.labels import BASELINE, JUDGE_PAIRS, Label, model_after
+from selfalign.runs.labels import AHEAD, BASELINE, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
-from selfalign.stages.demonstrated_instructions import demonstrated_instructions, demonstrated_responses
 from selfalign.stages.distorted_instructions import distorted_instructions, distorted_questions
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
-from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
-from selfalign.stages.meta_judge import meta_judge
-from selfalign.stages.pair import PositivesOnly, gather_pairs, pair, replay_pairs
+from selfalign.stages.pair import gather_pairs, replay_pairs
 from selfalign.stages.reference_logprobs import reference_logprobs
-from selfalign.stages.respond import DEMONSTRATION, NEXT, RespondConfig, join_responses, respond
+from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artifact
@@ -72,26 +68,27 @@ class Method:
         config: the experiment.
         run: makes artifacts.
         inputs: the run's data.
-        instructions: the new instructions of the iterations so far.
         generated_pairs: the pairs that the iterations so far generated.
         replayed_pairs: {iteration: the given pairs that it drew}.
         sft_data: the demonstrations that M1 is trained on.
         judging: judges with the run's judge.
+        generation: generates pairs.
         evaluation: evaluates the models.
     """
 
     config: ExperimentConfig
     run: StageRunner
     inputs: RunInputs
-    instructions: list[Artifact] = field(default_factory=list)
     generated_pairs: list[Artifact] = field(default_factory=list)
     replayed_pairs: dict[int, Artifact] = field(default_factory=dict)
     sft_data: Artifact = field(init=False)
     judging: RunJudge = field(init=False)
+    generation: PairGeneration = field(init=False)
     evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
         self.judging = RunJudge(self.config, self.run, self.config.judge)
+        self.generation = PairGeneration(self.config, self.run, self.inputs, self.align)
         self.evaluation = Evaluation(self.config, self.run, self.inputs, self.judging)
 
     def models(self) -> RunModels:
@@ -174,8 +171,7 @@ class Method:
         """
         if self.inputs.pairs is not None:
             return self.inputs.pairs
-        self.instructions.append(self._instruct(iteration, models))
-        self.generated_pairs.append(self._pair(self.config.in_iteration(iteration), iteration, models))
+        self.generated_pairs.append(self.generation.pairs(iteration, models))
         data, label = self.config.data, Label.iteration(iteration, "replayed_pairs")
         parts = list(self.generated_pairs) if data.accumulate_pairs else self.generated_pairs[-1:]
         if share := data.replay.at(iteration):
@@ -191,120 +187,12 @@ class Method:
         name = self.config.train.reference_policy
         return models.current if name == "previous" else models.named(name)
 
-    def _instruct(self, iteration: int, models: RunModels) -> Artifact:
-        """Generate or read new instructions, which differ from all known ones."""
-        label, config = Label.iteration(iteration, "instructions"), self.config.data.instruct
-        earlier, held_out = list(self.instructions), self.inputs.held_out
-        if config.source == DEMONSTRATIONS:
-            drawn = {"count": config.count, "seeds": self.inputs.seed_data, "held_out": held_out}
-            return self.run.make(label, demonstrated_instructions, seed=self._seed(label), **drawn)
-        known = {"config": config, "seeds": self.inputs.seed_data, "earlier": earlier, "held_out": held_out}
-        if self.inputs.instructions is not None:
-            return self.run.make(label, given_instructions, given=self.inputs.instructions, **known)
-        return self.run.make(
-            label,
-            instruct,
-            policy=models.writer or models.named(config.model),
-            engine=self.config.engine,
-            seed=self._seed(label),
-            **known,
-        )
-
-    def _pair(self, config: ExperimentConfig, iteration: int, models: RunModels, prefix: str = "") -> Artifact:
-        """Let every writer respond to the newest instructions, judge the responses, and pair them, and the judgements.
-
-        Args:
-            config: the settings of the iteration.
-            iteration: its number.
-            models: the models of the run so far.
-            prefix: of the labels' parts.
-        """
-        rule, instructions = config.pair, self.instructions[-1]
-        label = Label.iteration(iteration, f"{prefix}responses")
-        responses = self._responses(config, label, iteration, models)
-        judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
-        judgements, second = None, {}
-        if isinstance(rule, PositivesOnly) or rule.needs_scores:
-            label = label.sibling(f"{prefix}judgements")
-            judgements = judging.judge(label, None, models, instructions, responses)
-        if isinstance(rule, PairRule) and rule.consistency != "none":
-            label = label.sibling(f"{prefix}second_judgements")
-            second["second"] = judging.judge(label, rule.consistent_with, models, instructions, responses)
-        label = label.sibling(f"{prefix}pairs")
-        pairs = self.run.make(
-            label,
-            pair,
-            rule=rule if isinstance(rule, PositivesOnly) else rule.at(iteration),
-            instructions=instructions,
-            responses=responses,
-            judgements=judgements,
-            seed=self._seed(label),
-            **({"thought_prompt": asked} if (asked := config.model.thinking.prompt) else {}),
-            **second,
-        )
-        meta = config.data.meta_judge
-        if meta is None or iteration not in meta.chosen_iterations(config.iterations):
-            return pairs
-        label = label.sibling(f"{prefix}{JUDGE_PAIRS}")
-        judged = {"instructions": instructions, "responses": responses, "judgements": judgements}
-        parts = [pairs, self._judge_pairs(config, label, models, judged)]
-        return self.run.make(label.sibling(f"{prefix}joined_pairs"), gather_pairs, parts=parts)
-
-    def _judge_pairs(
-        self, config: ExperimentConfig, label: Label, models: RunModels, judged: dict[str, Any]
-    ) -> Artifact:
-        """Pair judgements of the newest responses with one another (arXiv 2407.19594)."""
-        meta = config.data.meta_judge
-        policy = models.own_or(meta.model, models.outside.get(meta.key)) if asks_a_policy(meta) else None
-        return self.run.make(
-            label,
-            meta_judge,
-            comparator=replace(meta, iterations=None),
-            judge=config.judge,
-            policy=policy,
-            engine=config.engine,
-            seed=self._seed(label),
-            **judged,
-        )
-
-    def _responses(self, config: ExperimentConfig, label: Label, iteration: int, models: RunModels) -> Artifact:
-        """Return the responses of the iteration's writers, which are joined unless M_t alone writes."""
-        writers, parts = config.data.respond.writers, dict[str, Artifact]()
-        for writer in writers:
-            own = label if writers == ["self"] else label.sibling(f"{label.part}_by_{writer}")
-            if writer == DEMONSTRATION:
-                given = {"instructions": self.instructions[-1], "seeds": self.inputs.seed_data, "base": models.base}
-                parts[writer] = self.run.make(own, demonstrated_responses, **given)
-                continue
-            policy = self._next_model(config, iteration, models) if writer == NEXT else models.named(writer)
-            parts[writer] = self.run.make(
-                own,
-                respond,
-                config=config.data.respond.by_one_writer(),
-                policy=policy,
-                instructions=self.instructions[-1],
-                engine=config.engine,
-                seed=self._seed(Label.iteration(iteration, "responses" + f"_by_{writer}" * (writer != "self"))),
-            )
-        if writers == ["self"]:
-            return parts["self"]
-        return self.run.make(label, join_responses, instructions=self.instructions[-1], parts=parts)
-
-    def _next_model(self, config: ExperimentConfig, iteration: int, models: RunModels) -> Artifact:
-        """Align once ahead, on pairs in which M_t writes in place of the next model (arXiv 2508.06026)."""
-        respond = config.data.respond
-        writers = list(dict.fromkeys("self" if writer == NEXT else writer for writer in respond.writers))
-        rule = config.pair.without_writer(NEXT, "self")
-        ahead = replace(config, data=replace(config.data, respond=replace(respond, writers=writers)), pair=rule)
-        pairs = self._pair(ahead, iteration, models, prefix="ahead_")
-        return self.align(iteration, models, pairs, ahead=True)
-
     def align(self, iteration: int, models: RunModels, pairs: Artifact, *, ahead: bool = False) -> Artifact:
         """Align the current model on the pairs, against the reference policy.
 
         A model that is aligned ahead only writes in its iteration. It has no validation and no checkpoint selection.
         """
-        config, prefix = self.config.in_iteration(iteration), "ahead_" * ahead
+        config, prefix = self.config.in_iteration(iteration), AHEAD * ahead
         name, loss, train = model_after(iteration), loss_at(config.loss, iteration), config.train
         policy = reference = self.reference(iteration, models)
         start = None
@@ -323,7 +211,7 @@ class Method:
                 start = self.run.make(label, reference_logprobs, policy=models.current, augmentation=None, **inputs)
         held_out = 0 if ahead else train.validation_pairs
         return self.run.make(
-            Label.iteration(iteration, "ahead_model") if ahead else Label.model(name),
+            Label.iteration(iteration, f"{AHEAD}model") if ahead else Label.model(name),
             align,
             policy=models.current,
             base=models.base,
