@@ -465,6 +465,18 @@ def test_paragraph_says_where_new_instructions_come_from(tmp_path: Path, setting
     assert f"In each of 2 iterations {said}" in re.sub(r"</?b>", "", what_was_run(run))
 
 
+def test_paragraph_names_other_writers_their_pairs_and_what_changes(tmp_path: Path) -> None:
+    data = {"instruct": {"count": 4, "model": "self", "source": "demonstrations"}}
+    data["respond"] = {"candidates": 1, "writers": ["demonstration", "self"]}
+    pair = {"chosen_from": "demonstration", "rejected_from": "self", "by_score": False}
+    run = Finished.load(begin(tmp_path / "run", data=data, pair=pair, at={"2": {"loss": {}, "judge": {}}}).finish())
+    assert (
+        "In each of 2 iterations 4 instructions were taken from demonstrations, to which the demonstrations and the "
+        "current model gave answers (1 by a model), which nobody judged; the first by the demonstrations was paired "
+        "with the first by the current model. From iteration 2 on, other settings held for loss, judge."
+    ) in re.sub(r"</?b>", "", what_was_run(run))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [(0.4, 0.7, "does not tell the two models apart"), (0.51, 0.9, "prefers the last"), (0.1, 0.49, "prefers M1")],

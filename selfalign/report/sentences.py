@@ -22,6 +22,14 @@ RULES = {
     "AllOrdered": "every two candidates of different scores were paired",
     "BestVsK": "the best candidate was paired with each of the k worst",
 }
+WRITERS = {
+    "self": "the current model",
+    "previous": "the model before it",
+    "sft": "M1",
+    "base": "M0",
+    "next": "a model aligned once ahead",
+    "demonstration": "the demonstrations",
+}
 WHO = {"self": "the current model itself", "previous": "the previous model", "sft": "M1", "base": "M0"}
 
 
@@ -92,23 +100,55 @@ def _data_sentence(run: Finished) -> str:
     )
     score = f"mean of {samples} written judgements" if samples else SCORES.get(run.judge, "score")
     score = "Elo by comparisons" if judge.get("scores") == "elo" else score
-    rule = run.config.get("choices", {}).get("pair", "BestWorst")
-    kept = RULES.get(rule, f"{rule} made the pairs")
-    kept += f" (k = {pair['k']})" if "k" in pair else ""
-    if "minimum_score" in pair:
-        kept = f"responses with a score of {pair['minimum_score']:g} or more were kept"
-    instruct, times = data["instruct"], run.config["iterations"]
     name = judge_name(judge, run.judge)
-    judged = "it judged itself" if name == WHO["self"] else f"{escape(name)} judged"
-    instructions, candidates = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
-    wrote = f"the current model wrote {instructions} and"
-    if source := instruct.get("source"):
-        wrote = f"the current model took {instructions} from {strong(source)} and wrote"
-    elif (writer := instruct["model"]) != "self":
-        wrote = f"{WHO.get(writer) or strong(writer)} wrote {instructions} and the current model"
+    judged = f"which {'it judged itself' if name == WHO['self'] else f'{escape(name)} judged'} ({strong(score)}{scale})"
+    if pair.get("by_score") is False:
+        judged = "which nobody judged"
+    times = run.config["iterations"]
     often = "one iteration" if times == 1 else f"each of {times} iterations"
-    judgement = f"which {judged} ({strong(score)}{scale}); {strong(kept)}"
-    return f"In {strong(often)} {wrote}, for each, {candidates}, {judgement}."
+    return " ".join([f"In {strong(often)} {_written(run)}, {judged}; {strong(_rule(run))}.", *_changes(run)])
+
+
+def _written(run: Finished) -> str:
+    """Return who wrote or gave the instructions and the candidates."""
+    instruct, respond = run.config["data"]["instruct"], run.config["data"]["respond"]
+    instructions, candidates = f"{instruct['count']} instructions", f"{respond['candidates']} candidates"
+    source, model, own = instruct.get("source"), instruct["model"], WRITERS["self"]
+    writers = [WRITERS[writer] for writer in respond.get("writers", ["self"])]
+    if writers != [own]:
+        taken = (
+            f"{instructions} were taken from {strong(source)}" if source else f"{_named(model)} wrote {instructions}"
+        )
+        return f"{taken}, to which {strong(' and '.join(writers))} gave answers ({respond['candidates']} by a model)"
+    if source:
+        return f"{own} took {instructions} from {strong(source)} and wrote, for each, {candidates}"
+    if model != "self":
+        return f"{_named(model)} wrote {instructions} and {own}, for each, {candidates}"
+    return f"{own} wrote {instructions} and, for each, {candidates}"
+
+
+def _named(model: str) -> str:
+    return WRITERS["self"] if model == "self" else WHO.get(model) or strong(model)
+
+
+def _rule(run: Finished) -> str:
+    """Return how pairs or positives were made."""
+    pair, rule = run.config["pair"], run.config.get("choices", {}).get("pair", "BestWorst")
+    if "minimum_score" in pair:
+        return f"responses with a score of {pair['minimum_score']:g} or more were kept"
+    if "chosen_from" in pair:
+        best, worst = ("the first", "the first") if pair["by_score"] is False else ("the best", "the worst")
+        chosen, rejected = (WRITERS[pair[side]] for side in ("chosen_from", "rejected_from"))
+        return f"{best} by {chosen} was paired with {worst} by {rejected}"
+    return RULES.get(rule, f"{rule} made the pairs") + (f" (k = {pair['k']})" if "k" in pair else "")
+
+
+def _changes(run: Finished) -> list[str]:
+    """Return what changed from an iteration on."""
+    return [
+        f"From iteration {start} on, other settings held for {strong(', '.join(changes))}."
+        for start, changes in sorted(run.config.get("at", {}).items())
+    ]
 
 
 def _loss_sentence(run: Finished) -> str:
