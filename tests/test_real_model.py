@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from builders import optimization, policy_artifact, preference, records_artifact, weights, workspace
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from selfalign.cli.environment import conf_folder
-from selfalign.config.hydra import register, to_experiment
+from selfalign.config.hydra import describe, register
 from selfalign.data.containers import SHIPPED
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
@@ -61,9 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         overrides = [*OVERRIDES, f"output_dir={folder}/outputs", f"data.seed_data.ranked={folder}/ranked.jsonl"]
-        composed = compose("config", overrides)
-    plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    return run_experiment(to_experiment(composed), OmegaConf.to_yaml(composed, resolve=True), plain)
+        return run_experiment(*describe(compose("config", overrides)))
 
 
 @real
