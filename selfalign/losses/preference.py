@@ -273,7 +273,7 @@ class ODPO:
 
 @dataclass(kw_only=True, slots=True)
 class SimPO:
-    """Simple preference optimisation: -log σ(β/|y⁺| log π(y⁺|x) - β/|y⁻| log π(y⁻|x) - γ).
+    """Simple preference optimisation: -log σ(β log π(y⁺|x) / n⁺ - β log π(y⁻|x) / n⁻ - γ), n being numbers of tokens.
 
     Meng et al. 2024, arXiv 2405.14734, eq. 6. It is length-normalised DPO with a constant offset, against a reference
     that gives all responses the same probability. The run's reference policy takes no part in the loss; rewards, their
@@ -307,7 +307,7 @@ class SimPO:
 
 @dataclass(kw_only=True, slots=True)
 class AlphaDPO:
-    """SimPO with a margin for each pair: -log σ(β/|y⁺| log π(y⁺|x) - β/|y⁻| log π(y⁻|x) - ⊥[γ + α z]).
+    """SimPO with a margin for each pair: -log σ(β log π(y⁺|x) / n⁺ - β log π(y⁻|x) / n⁻ - ⊥[γ + α z]).
 
     Wu et al. 2024, arXiv 2410.10148. z is the z-score of Δ_naive = β h, averaged over tokens, among the pairs of the
     optimizer step: pairs that the policy already tells apart more clearly than its reference are to be told apart
