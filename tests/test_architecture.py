@@ -226,6 +226,7 @@ NEEDED = {
     "judge/implicit": ["data.seed_data.eft_source=none"],
     "judge/reward_model": ["judge.model=owner/name", "data.seed_data.eft_source=none"],
     "judge/rubric": ["data.seed_data.eft_source=none"],
+    "judge/contrastive": ["data.seed_data.eft_source=none"],
     "judge/panel": [
         "+judge@judge.members.a=expected_score",
         "+judge@judge.members.b=implicit",

@@ -2,13 +2,13 @@
 
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import ClassVar
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Judgement, JudgementStatus
+from selfalign.core.records import Judgement, JudgementStatus, Prompt
 from selfalign.judges.protocol import (
     DegeneracyThresholds,
     InstructionResponse,
@@ -23,7 +23,7 @@ from selfalign.judges.protocol import (
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import SharedPrompt, answer_read_by, encode_group
-from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.checkpoint import Policy
 from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import answer_prompt
 from selfalign.store.journal import Journal
@@ -90,8 +90,9 @@ class ImplicitReward:
                 "It needs a policy that was trained: set data.seed_data, or judge in a later iteration."
             )
         candidate_lists = by_instruction(subjects)
-        own, lengths = self._score(context.journal, "policy", policy, candidate_lists)
-        others, _ = self._score(context.journal, "reference", reference, candidate_lists)
+        size = self.max_batch_tokens
+        own, lengths = score_answers(policy.load("float32"), candidate_lists, context.journal, "policy", size)
+        others, _ = score_answers(reference.load("float32"), candidate_lists, context.journal, "reference", size)
         rewards = {name: self.beta * (own[name] - others[name]) for name in own if name in others}
         measured = [
             [(rewards[s.response.id], lengths[s.response.id]) for s in candidates if s.response.id in rewards]
@@ -106,33 +107,48 @@ class ImplicitReward:
         ]
         return JudgeOutput(judgements=judgements, means={catalog.JUDGE_ALPHA.name: Mean(alpha, 1.0)})
 
-    def _score(
-        self, journal: Journal, who: str, files: PolicyCheckpoint, candidate_lists: dict[str, list[InstructionResponse]]
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """Return ({response id: summed log-probability} under one policy, of those that fit, {response id: tokens})."""
-        policy = files.load("float32")
-        groups: list[SharedPrompt] = []
-        members: dict[str, list[str]] = {}
-        lengths: dict[str, int] = {}
-        for name, candidates in candidate_lists.items():
-            answers = [answer_read_by(policy.tokenizer, subject.response) for subject in candidates]
-            prompt = answer_prompt(policy.tokenizer, candidates[0].instruction.prompt)
-            group = encode_group(policy.tokenizer, name, prompt, answers, mask_thought=True)
-            room = policy.context - len(group.prompt)
-            kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
-            members[name] = [candidates[i].response.id for i in kept]
-            scored = group.scored()
-            lengths |= {candidates[i].response.id: scored[i] for i in kept}
-            if kept:
-                responses, masked = [group.responses[i] for i in kept], [group.num_context_tokens[i] for i in kept]
-                groups.append(
-                    SharedPrompt(id=name, prompt=group.prompt, responses=responses, num_context_tokens=masked)
-                )
-        scorer = LogProbScorer(policy, self.max_batch_tokens)
-        scores: dict[str, float] = {}
-        for group, values in zip(groups, scorer.score_all(groups, journal, who), strict=True):
-            scores |= dict(zip(members[group.id], values, strict=True))
-        return scores, lengths
+
+def score_answers(
+    policy: Policy,
+    candidate_lists: Mapping[str, Sequence[InstructionResponse]],
+    journal: Journal,
+    who: str,
+    max_batch_tokens: int,
+    change: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Compute the log-probabilities of responses, of which thoughts are read without being scored.
+
+    Args:
+        policy: the policy, loaded.
+        candidate_lists: {instruction id: its responses}.
+        journal: keeps finished batches through a kill.
+        who: tells these batches from those of another policy or prompt.
+        max_batch_tokens: the most tokens of a forward pass.
+        change: makes the prompt that is scored from the instruction's.
+
+    Returns:
+        {response id: summed log-probability in nats} of those that fit into the context, and {response id: tokens}.
+    """
+    groups: list[SharedPrompt] = []
+    members: dict[str, list[str]] = {}
+    lengths: dict[str, int] = {}
+    for name, candidates in candidate_lists.items():
+        answers = [answer_read_by(policy.tokenizer, subject.response) for subject in candidates]
+        prompt = answer_prompt(policy.tokenizer, change(candidates[0].instruction.prompt))
+        group = encode_group(policy.tokenizer, name, prompt, answers, mask_thought=True)
+        room = policy.context - len(group.prompt)
+        kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
+        members[name] = [candidates[i].response.id for i in kept]
+        scored = group.scored()
+        lengths |= {candidates[i].response.id: scored[i] for i in kept}
+        if kept:
+            responses, masked = [group.responses[i] for i in kept], [group.num_context_tokens[i] for i in kept]
+            groups.append(SharedPrompt(id=name, prompt=group.prompt, responses=responses, num_context_tokens=masked))
+    scorer = LogProbScorer(policy, max_batch_tokens)
+    scores: dict[str, float] = {}
+    for group, values in zip(groups, scorer.score_all(groups, journal, who), strict=True):
+        scores |= dict(zip(members[group.id], values, strict=True))
+    return scores, lengths
 
 
 def balancing_alpha(candidate_lists: Sequence[Sequence[tuple[float, int]]]) -> float:

@@ -11,6 +11,8 @@ from selfalign.runs.reader import Finished
 SCORES = {
     "Pairwise": "wins of comparisons",
     "ImplicitReward": "implicit reward",
+    "ContrastiveReward": "log-ratio of contrastive prompts",
+    "Panel": "scores of a panel",
     "ExpectedScore": "expected score",
     "Verifier": "share of what was to be checked",
     "RewardModel": "reward",
