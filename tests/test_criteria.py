@@ -89,7 +89,7 @@ def test_criteria_of_ranked_answers_reach_the_instructions_that_are_judged(tmp_p
         rows(tmp_path, {"responses": answers, "criteria": ["It is warm."]}, {"responses": answers})
     )
     out = workspace(tmp_path / "out")
-    write_questions(out, questions)
+    write_questions(out.path, questions)
     asked = read_records(out.path / "instructions.jsonl", Instruction)
     assert [one.criteria for one in asked] == [[Criterion(text="It is warm.")], UNSET]
     assert read_records(out.path / "ranked.jsonl", RankedAnswers) == questions

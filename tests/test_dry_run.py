@@ -50,6 +50,7 @@ from selfalign.pipeline import loop
 from selfalign.pipeline.requirements import judge_prompt
 from selfalign.runs.labels import Label
 from selfalign.stages.benchmark import benchmark
+from selfalign.stages.distorted_instructions import distorted_instructions
 from selfalign.stages.sft import group_demonstrations
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
@@ -144,13 +145,12 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
     told += [asked, "train.checkpoint_selection.sampling.max_new_tokens=8", "train.align.batch_size=1"]
     estimates = {
         every: estimated(tmp_path / str(every), *told, f"train.checkpoint_selection.interval_steps={every}")
-        for every in (2, 1, 9)
+        for every in (2, 1)
     }
     answered = {every: found["M2/validation"].count for every, found in estimates.items()}
-    assert answered == {2: 2 * answered[9], 1: 4 * answered[9], 9: answered[9]}
-    compared = {every: found["M2/validation_compared"].count for every, found in estimates.items() if every != 9}
+    assert answered[1] == 2 * answered[2] > 0
+    compared = {every: found["M2/validation_compared"].count for every, found in estimates.items()}
     assert compared[1] == 3 * compared[2] > 0
-    assert "M2/validation_compared" not in estimates[9]
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,16 @@ def test_sweep_has_no_dry_run(call: Callable[..., Said]) -> None:
     assert "dry_run=true measures one run, not a sweep: set hydra.mode=RUN" in said.err
 
 
-def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchmarks(tmp_path: Path) -> None:
+def test_stages_with_a_model_declare_their_sizes_and_most_are_measured(tmp_path: Path) -> None:
     names = [name for name in modules() if name.startswith("stages.")]
     members = [vars(importlib.import_module(f"selfalign.{name}")).values() for name in names]
     with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).all_ranks}
-    assert len(with_models) == 11
+    assert len(with_models) == 12
     assert all(declared(one).size for one in with_models)
-    assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {benchmark}
+    assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {
+        benchmark,
+        distorted_instructions,
+    }
 
 
 # --- records ------------------------------------------------------------------------------------------------------

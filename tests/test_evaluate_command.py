@@ -260,6 +260,7 @@ def test_questions_that_a_measured_run_was_taught_are_not_held_out(
     source = tmp_path / "ranked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     asked = [f"data.seed_data.ranked={source}", "data.seed_data.held_out_share=0.99", "evaluate.instructions=''"]
+    asked.append("data.seed_data.eft_source=none")
     folder = evaluate_models([str(finished)], asked, conf_folder())
     known = {question.instruction for question in taught}
     again = read_records(folder / "artifacts/ranked/ranked.jsonl", RankedAnswers)

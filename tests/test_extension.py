@@ -204,7 +204,9 @@ def test_options_of_an_installed_package_are_listed(
     site = str(installed(tmp_path / "site"))
     monkeypatch.syspath_prepend(site)
     said = call("experiment=smoke", "loss=robust_dop")
-    assert said.err.startswith("error: no loss=robust_dop; did you mean loss=robust_dpo? There are: dpo, ipo, ")
+    assert said.err.startswith(
+        "error: no loss=robust_dop; did you mean loss=robust_dpo? There are: alpha_dpo, dpo, ipo, "
+    )
     assert "robust_dpo" in call("--help").out
     assert "selfalign-example" in outside(tmp_path, "experiment=smoke", "--info", "searchpath", path=site).stdout
     assert PACKAGE not in sys.modules, "a package is imported because an option of it is chosen"

@@ -690,7 +690,7 @@ def test_place_of_p_that_template_or_prompts_do_not_have_is_refused(small: Artif
     config = composed(SMOKE, *SHORT, "loss.refinement.place=after")[0]
     seeds = replace(small, counts={"ift": 1, "eft": 0})
     given: Any = SimpleNamespace(
-        seed_data=seeds, pairs=records_artifact(tmp_path / "pairs", pairs=pairs), preferences=None
+        seed_data=seeds, pairs=records_artifact(tmp_path / "pairs", pairs=pairs), replay=None, preferences=None
     )
     with pytest.raises(SelfalignError, match=r"^record text: loss\.refinement\.place=after needs a prompt of turns"):
         check_requirements(config, small, given)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from selfalign.training import parallelism
 from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, TrainConfig
 from selfalign.training.parallelism import Parallelism, assign_microbatches
+from selfalign.training.preference import Preference
 from selfalign.training.prepare import prepare
 from selfalign.training.trainer import StepTrainer
 
@@ -251,6 +252,9 @@ def average_gradients(
     loaded = policy.load("float32", trainable=True)
     prepare(loaded, policy, weights(), 0.0)
     examples, objective = task(kind, loaded.tokenizer)
+    if isinstance(objective, Preference):  # Of a normalised Δ each process would need the others', who are not there.
+        loss = objective.loss
+        objective.loss = replace(loss, refinement=replace(loss.refinement, normalise="none"))
     examples = examples[:size]
     settings = optimization(batch_size=size, microbatch_tokens=60)
     trainer = StepTrainer(loaded, examples, objective, settings, workspace(folder), weights())

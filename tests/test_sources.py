@@ -596,7 +596,7 @@ def test_label_smoothing_of_a_given_pair_is_kept_and_stands_in_no_other_line(tmp
     assert [line.get("label_smoothing") for line in lines] == [None, 0.7]
     assert "label_smoothing" not in lines[0]
     assert read_pairs(str(tmp_path / "pairs.jsonl"))[0] == pairs
-    for wrong in (1, -0.1):
+    for wrong in (1.1, -0.1):
         row = STANDARD | {"label_smoothing": wrong}
         with pytest.raises(SelfalignError, match=rf"b.jsonl:1: label_smoothing must be from 0 to 1, got {wrong}"):
             read_pairs(write_rows(tmp_path / "b.jsonl", row))

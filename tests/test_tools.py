@@ -525,6 +525,7 @@ def test_model_whose_template_leaves_out_tools_is_refused_before_anything_is_tra
         seed_data=replace(seeds, counts={"ift": 1, "eft": 0}),
         pairs=records_artifact(tmp_path / "pairs", pairs=[plain, *([pair] if kind == "pairs" else [])]),
         preferences=records_artifact(tmp_path / "test", pairs=[plain, *([pair] if kind == "preferences" else [])]),
+        replay=None,
         questions=None,
     )
     config = composed("experiment=smoke", "data=pairs", "data.path=a.jsonl", "iterations=1")[0]
