@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.iterations import check_iterations, is_below_one, value_at, values_of
 from selfalign.data.mixtures import data_source
 from selfalign.stages.distorted_instructions import DistortionConfig
 from selfalign.stages.instruct import InstructConfig
@@ -27,8 +28,8 @@ class ReplayConfig:
 
     def __post_init__(self) -> None:
         self.source = data_source(self.source, "data.replay.source")
-        shares = self.share if isinstance(self.share, list) else [self.share]
-        if not (shares and all(map(_is_share, shares))):
+        shares = values_of(self.share)
+        if not (shares and all(map(is_below_one, shares))):
             raise SelfalignError(
                 f"data.replay.share must be a number from 0 to below 1, or a list of them, got {self.share!r}"
             )
@@ -39,26 +40,16 @@ class ReplayConfig:
         Raises:
             SelfalignError: there is a list of another length.
         """
-        if isinstance(self.share, list) and len(self.share) != iterations:
-            raise SelfalignError(
-                f"data.replay.share has {len(self.share)} values for iterations={iterations}: give one for each "
-                "iteration, or a single number"
-            )
+        check_iterations("data.replay.share", self.share, iterations)
 
     def at(self, iteration: int) -> float:
         """Return γ of an iteration, counted from 1; 0 without a source."""
-        share = self.share[iteration - 1] if isinstance(self.share, list) else self.share
-        return share if self.source else 0
+        return value_at(self.share, iteration) if self.source else 0
 
     @property
     def largest_share(self) -> float:
         """The largest γ of any iteration; 0 without a source."""
-        shares = self.share if isinstance(self.share, list) else [self.share]
-        return max(shares) if self.source else 0
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        return max(values_of(self.share)) if self.source else 0
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any, Self
 from rapidfuzz.distance import Indel
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.iterations import check_iterations, is_below_one, value_at, values_of
 from selfalign.core.records import Response
 from selfalign.data.text_filters import pieces_of
 
@@ -73,8 +74,8 @@ class PairRule(ABC):
             raise SelfalignError(f"pair.consistent_with must be previous, sft or base, got {self.consistent_with!r}")
         if not 0 <= self.minimum_margin < math.inf:
             raise SelfalignError(f"pair.minimum_margin must be 0 or more, got {self.minimum_margin}")
-        rhos = self.length_control if isinstance(self.length_control, list) else [self.length_control]
-        if self.length_control is not None and not (rhos and all(map(_is_rho, rhos))):
+        rhos = values_of(self.length_control)
+        if self.length_control is not None and not (rhos and all(map(is_below_one, rhos))):
             raise SelfalignError(
                 "pair.length_control must be null, a number from 0 to below 1, or a list of them, "
                 f"got {self.length_control!r}"
@@ -90,17 +91,11 @@ class PairRule(ABC):
         Raises:
             SelfalignError: there is a list of another length.
         """
-        if isinstance(self.length_control, list) and len(self.length_control) != iterations:
-            raise SelfalignError(
-                f"pair.length_control has {len(self.length_control)} values for iterations={iterations}: "
-                "give one for each iteration, or a single number"
-            )
+        check_iterations("pair.length_control", self.length_control, iterations)
 
     def at(self, iteration: int) -> Self:
         """Return the rule of one iteration, counted from 1."""
-        if not isinstance(self.length_control, list):
-            return self
-        return replace(self, length_control=self.length_control[iteration - 1])
+        return replace(self, length_control=value_at(self.length_control, iteration))
 
     @property
     def needs_scores(self) -> bool:
@@ -338,7 +333,3 @@ def agreement(scores: Mapping[str, float], others: Mapping[str, float]) -> float
 def _first_against(best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], count: int) -> Picked:
     """Pair the first of the best with the first others of the worst."""
     return [(best[0], other) for other in worst if other is not best[0]][:count] if best else []
-
-
-def _is_rho(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.iterations import check_iterations, value_at
 from selfalign.losses.logps import PairLogps, Shares, Values
 from selfalign.losses.protocol import Offset
 from selfalign.losses.refinement import Refinement, refinement
@@ -144,11 +145,11 @@ class SrDPO:
 
     def check_iterations(self, iterations: int) -> None:
         """Check that every iteration has its λ."""
-        check_lam_iterations(self.lam, iterations)
+        check_iterations("loss.lam", self.lam, iterations)
 
     def at(self, iteration: int) -> "SrDPO":
         """Return the loss of one iteration, counted from 1."""
-        return replace(self, lam=self.lam[iteration - 1]) if isinstance(self.lam, list) else self
+        return replace(self, lam=value_at(self.lam, iteration))
 
     def during(self, share: float) -> "SrDPO":
         """Return the loss of a step, before which this share of the alignment's steps was done."""
@@ -219,11 +220,11 @@ class SrIPO:
 
     def check_iterations(self, iterations: int) -> None:
         """Check that every iteration has its λ."""
-        check_lam_iterations(self.lam, iterations)
+        check_iterations("loss.lam", self.lam, iterations)
 
     def at(self, iteration: int) -> "SrIPO":
         """Return the loss of one iteration, counted from 1."""
-        return replace(self, lam=self.lam[iteration - 1]) if isinstance(self.lam, list) else self
+        return replace(self, lam=value_at(self.lam, iteration))
 
     def during(self, share: float) -> "SrIPO":
         """Return the loss of a step, before which this share of the alignment's steps was done."""
@@ -476,15 +477,6 @@ def checked_lam(lam: Any) -> Any:
     if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
         raise SelfalignError(f"loss.lam must be 0 or more and finite, got {lam!r}: a number, or one for each iteration")
     return float(lam)
-
-
-def check_lam_iterations(lam: float | list[float], iterations: int) -> None:
-    """Check that a list of λs has one for each iteration."""
-    if isinstance(lam, list) and len(lam) != iterations:
-        raise SelfalignError(
-            f"loss.lam has {len(lam)} values for iterations={iterations}: give one for each iteration, or a single "
-            "number"
-        )
 
 
 def check_warmup(share: float) -> None:
