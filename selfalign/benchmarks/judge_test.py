@@ -1,6 +1,7 @@
 """Benchmarks of judges: how often the run's judge, with every model, decides comparisons as their labels do."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,7 +69,7 @@ class Judged:
 
 
 @dataclass(kw_only=True, slots=True)
-class JudgeTest:
+class JudgeTest(ABC):
     """Settings of a benchmark of judges.
 
     Attributes:
@@ -113,9 +114,9 @@ class JudgeTest:
         """Return the instructions."""
         return [labelled.instruction for labelled in self.read()]
 
+    @abstractmethod
     def read(self) -> list[LabelledResponses]:
         """Return all comparisons of the source."""
-        raise NotImplementedError
 
     def chosen(self) -> list[LabelledResponses]:
         """Return the comparisons that are measured."""

@@ -119,7 +119,7 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
 
 def _check_meta_judge(config: ExperimentConfig) -> None:
     """Check that each iteration with pairs of judgements has a judge that writes several of each response."""
-    meta = getattr(config.data, "meta_judge", None)
+    meta = config.meta_judge
     if meta is None:
         return
     for iteration in meta.chosen_iterations(config.iterations):
@@ -392,7 +392,7 @@ def _judges(config: ExperimentConfig) -> dict[str, Any]:
     asked = config.evaluate
     return {
         "judge": config.judge,
-        "data.meta_judge": getattr(config.data, "meta_judge", None),
+        "data.meta_judge": config.meta_judge,
         "evaluate.head_to_head": asked.head_to_head,
         "evaluate.preference_pairs.judge": asked.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": config.train.checkpoint_selection.head_to_head,

@@ -56,7 +56,7 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
             yield key, member, COMPONENTS["judge"]
     if (judge := config.evaluate.preference_pairs.judge) is not None:
         yield "evaluate.preference_pairs.judge", judge, COMPONENTS["judge"]
-    if (meta := getattr(config.data, "meta_judge", None)) is not None:
+    if (meta := config.meta_judge) is not None:
         yield "data.meta_judge", meta, (MetaJudge,)
     if (schema := config.data.schema) is not None:
         yield "data.schema", schema, (Schema,)

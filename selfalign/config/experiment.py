@@ -101,6 +101,11 @@ class ExperimentConfig:
         return f"at.{max(starts, key=int)}.judge" if starts else "judge"
 
     @property
+    def meta_judge(self) -> Any:
+        """The comparator of the judgements of new responses; None without one, or for given pairs."""
+        return getattr(self.data, "meta_judge", None)
+
+    @property
     def trains_m1(self) -> bool:
         """Whether M1 is trained. Without demonstrations to train on, M1 is M0."""
         seeds = self.data.seed_data

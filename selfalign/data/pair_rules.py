@@ -95,6 +95,8 @@ class PairRule(ABC):
 
     def at(self, iteration: int) -> Self:
         """Return the rule of one iteration, counted from 1."""
+        if not isinstance(self.length_control, list):
+            return self
         return replace(self, length_control=value_at(self.length_control, iteration))
 
     @property

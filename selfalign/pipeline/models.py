@@ -79,7 +79,7 @@ def judges_of(config: ExperimentConfig) -> dict[str, Any]:
     evaluation, selection = config.evaluate, config.train.checkpoint_selection
     named = {
         "judge": config.judge,
-        "data.meta_judge": getattr(config.data, "meta_judge", None),
+        "data.meta_judge": config.meta_judge,
         "evaluate.head_to_head": evaluation.head_to_head,
         "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,

@@ -65,9 +65,8 @@ def _asks(demonstration: Demonstration) -> bool:
 def _instruction(demonstration: Demonstration) -> Instruction:
     prompt = demonstration.prompt
     assert not isinstance(prompt, str)
-    whole = Instruction(id=demonstration.id, text=as_text(prompt), source="given", turns=prompt)
-    alone = len(prompt) == 1
-    return replace(whole, text=prompt[0]["content"], turns=[]) if alone else whole
+    turns = prompt if len(prompt) > 1 else []
+    return Instruction(id=demonstration.id, text=as_text(prompt), source="given", turns=turns)
 
 
 def size_of_responses(*, instructions: Artifact, **others: object) -> Size:
