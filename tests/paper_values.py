@@ -275,7 +275,7 @@ WRITTEN_OUT = (
 
 TECHNICAL = (
     *words("name seed output_dir fresh sweep_metric dry_run price_per_hour hub.*"),
-    *words("tracker.* engine.* choices.engine choices.tracker data.schema train.parallelism.*"),
+    *words("tracker.* engine.* choices.engine data.schema train.parallelism.*"),
     *words("model.revision model.quantization model.trust_remote_code model.lora.alpha model.lora.targets"),
     *words(
         "*.max_batch_tokens *.microbatch_tokens *.batch_size *.checkpoint_steps *.gradient_checkpointing "

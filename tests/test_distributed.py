@@ -159,7 +159,7 @@ def test_process_that_cannot_hear_that_it_is_to_stop_is_ended(tmp_path: Path) ->
 def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracked = ["tracker=wandb", "tracker.mode=offline"]
+    tracked = ["tracker=wandb", "tracker.wandb.mode=offline"]
     with dying_in("iteration_1/responses", monkeypatch):
         run(tmp_path / "out", *given(tmp_path), *tracked)
     (kept,) = (tmp_path / "out/store/respond").glob("*/scratch/journal-0.jsonl")

@@ -321,11 +321,32 @@ def test_other_groups_are_held_to_what_they_ask_for(tmp_path: Path, monkeypatch:
         "data": r"must be a selfalign.config.data.SelfRewarding$",
         "judge": r"lacks max_failure_rate, degeneracy, .* which selfalign.judges.protocol.Judge requires$",
         "engine": r"lacks dtype, load, load_scorer, which selfalign.engines.protocol.Engine requires$",
-        "tracker": r"lacks open, which selfalign.runs.tracker.Tracking requires$",
     }.items():
         forget()
         with pytest.raises(SelfalignError, match=rf"^{group}: mine.Mine {said}"):
             compose_own(tmp_path, monkeypatch, LOSS + CALL, {f"{group}/mine": "mine.Mine"}, f"{group}=mine")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (
+            "mine",
+            r"^tracker\.mine: mine\.Mine lacks check_installed, open, which .*Tracking requires$",
+        ),
+        ("_here_", r"^tracker: begin its option's defaults with /schema/MODULE\.CLASS@NAME, not @_here_$"),
+    ],
+)
+def test_tracker_is_held_to_what_is_asked_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(LOSS + CALL)
+    option = tmp_path / "conf" / "tracker" / "mine.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text(f"defaults:\n  - /schema/mine.Mine@{place}\n  - _self_\n")
+    with pytest.raises(SelfalignError, match=said):
+        compose_experiment(conf_folder(), ["experiment=smoke", "tracker=mine"], tmp_path / "conf")
 
 
 def test_option_that_names_no_class_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,9 @@ class Recording:
 
     tracker: Recorder = field(default_factory=Recorder)
 
+    def check_installed(self) -> None:
+        pass
+
     @contextmanager
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Recorder]:
         yield self.tracker
@@ -60,9 +63,10 @@ class Study:
 
 def recorded(output: Path, *overrides: str) -> tuple[ExperimentConfig, Path, Recorder]:
     config, text, plain = composed(*overrides, f"output_dir={output}")
-    config.tracker = Recording()
-    folder = run_experiment(config, text, {**plain, "choices": choices(config) | {"tracker": "Recording"}})
-    return config, folder, config.tracker.tracker
+    recording = Recording()
+    config.tracker = {"recording": recording}
+    folder = run_experiment(config, text, {**plain, "choices": choices(config)})
+    return config, folder, recording.tracker
 
 
 @pytest.fixture(scope="module")

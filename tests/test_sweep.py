@@ -395,7 +395,7 @@ def test_three_jobs_are_three_runs_of_wandb_though_the_middle_one_fails(
     for path in (paths[0], paths[2]):
         write_pairs(path, chosen=f"Yes, {path.stem}.")
     paths[1].write_text("no JSON\n", encoding="utf-8")
-    told = [*GIVEN, "output_dir=out", "tracker=wandb", "tracker.mode=offline"]
+    told = [*GIVEN, "output_dir=out", "tracker=wandb", "tracker.wandb.mode=offline"]
     said = call("-m", *told, f"data.path={','.join(map(str, paths))}")
     assert said.code == 1
     (sweep,) = tmp_path.glob("out/sweeps/*")
@@ -813,4 +813,4 @@ def test_wandb_s_agent_runs_selfalign_with_overrides() -> None:
         command += told[word[2:-1]] if word == "${args_no_hyphens}" else [word]
     assert command[:2] == ["${env}", "selfalign"]
     config, _, plain = composed(*command[2:])
-    assert (config.name, plain["loss"]["lam"], plain["tracker"]["mode"]) == ("demo", 1.0, "online")
+    assert (config.name, plain["loss"]["lam"], plain["tracker"]["wandb"]["mode"]) == ("demo", 1.0, "online")

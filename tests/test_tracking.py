@@ -1,15 +1,21 @@
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from html import unescape
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import markdown
 import pytest
 import wandb
 from builders import TINY_RUN, metrics, run, write_tiny_data
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
@@ -17,9 +23,10 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore
 from selfalign.metrics.catalog import METRICS
 from selfalign.runs.labels import Label
-from selfalign.runs.tracker import forget_tracked, tracked_id
-from selfalign.tracking import wandb as tracking
-from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, has_key
+from selfalign.runs.tracker import NoTracker, Trackers, forget_tracked, open_trackers, tracked_id
+from selfalign.tracking.rows import by_iteration
+from selfalign.tracking.tensorboard import TensorBoard
+from selfalign.tracking.wandb import MOST_ROWS, Wandb, WandbTracker, has_key
 
 
 @pytest.fixture
@@ -167,12 +174,12 @@ def test_run_is_named_like_its_folder_and_carries_the_configuration(no_key: pyte
 
 
 def test_unknown_mode_is_refused_with_its_key() -> None:
-    with pytest.raises(SelfalignError, match=r"tracker\.mode must be one of auto, online, offline; got 'maybe'"):
+    with pytest.raises(SelfalignError, match=r"tracker\.wandb\.mode must be one of auto, online, offline; got 'maybe'"):
         Wandb(mode="maybe")
 
 
 def test_no_tracking_takes_everything_and_says_so(tmp_path: Path) -> None:
-    with NoTracking().open(tmp_path, {}) as tracker:
+    with open_trackers({}, tmp_path, {}) as tracker:
         tracker.log({"step": 1})
         tracker.table("t", ["a"], iter([[1]]))
         tracker.summarise({"a": 1})
@@ -246,17 +253,19 @@ class Read:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small whole run that W&B has followed offline, twice, with a key at hand."""
+    """The folder of a small whole run that three trackers have followed, twice: W&B offline, with a key at hand."""
     base = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_API_KEY": KEY, "WANDB_RUN_GROUP": GROUP, "WANDB_DATA_DIR": str(base)}.items():
             patch.setenv(name, value)
+        patch.setenv("TRACKIO_DIR", str(base / "trackio"))  # Read when it is first imported, by the run.
         settings = [
             *TINY_RUN,
             *write_tiny_data(base / "data"),
-            "tracker=wandb",
-            "tracker.mode=offline",
-            "tracker.tags=[mine]",
+            "tracker=[wandb,tensorboard,trackio]",
+            "tracker.wandb.mode=offline",
+            "tracker.wandb.tags=[mine]",
+            "tracker.trackio.project=tests",
         ]
         run(base / "out", *settings, "evaluate.sft_baseline=true")
         return run(base / "out", *settings, "evaluate.sft_baseline=true")
@@ -295,11 +304,11 @@ def test_second_run_of_a_folder_continues_the_first_and_is_as_whole(tracked: Pat
 
 def test_iterations_are_an_axis_of_their_own(read: Read) -> None:
     axes = {m.get("glob_name") or m["name"]: m["step_metric"] for m in read.of_type("metric") if "step_metric" in m}
-    assert axes == dict.fromkeys(tracking.by_iteration([]), "iteration")
+    assert axes == dict.fromkeys(by_iteration([]), "iteration")
 
 
 def test_axes_are_those_of_the_declarations() -> None:
-    patterns = tracking.by_iteration(["mt_bench"])
+    patterns = by_iteration(["mt_bench"])
     for name, metric in METRICS.items():
         if not name.startswith("{"):
             matched = any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -429,10 +438,10 @@ def test_run_that_is_interrupted_is_finished_too(tmp_path: Path) -> None:
 def test_long_table_is_cut_and_an_empty_one_is_none(tmp_path: Path) -> None:
     with Wandb(mode="offline").open(tmp_path, {}) as tracker:
         tracker.log({"step": 1, "iteration": 3, "label": "M4"})
-        tracker.table("long", ["n"], ([n] for n in range(tracking.MOST_ROWS + 1)))
+        tracker.table("long", ["n"], ([n] for n in range(MOST_ROWS + 1)))
         tracker.table("empty", ["n"], iter([]))
     found = Read.of(tmp_path)
-    assert len(found.tables("long")[3]["data"]) == tracking.MOST_ROWS
+    assert len(found.tables("long")[3]["data"]) == MOST_ROWS
     assert not [name for name in found.history[1] if name.startswith("empty")]
 
 
@@ -447,3 +456,91 @@ def test_only_files_that_are_there_are_attached(tmp_path: Path) -> None:
     assert [(a["type"], a["name"]) for a in Read.of(folder).of_type("artifact")] == [
         ("model_card", f"model_card-{tracked_id(folder)}".replace("ö", "_").replace("ß", "_"))
     ]
+
+
+# --- other trackers ------------------------------------------------------------------------------------------------
+
+
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """{name in a tracker: number} of a row of metrics.jsonl, but for its axes."""
+    prefix = Label.parse(row["label"]).metric_prefix
+    return {prefix + k: v for k, v in row.items() if k not in ("step", "iteration") and not isinstance(v, str)}
+
+
+def test_tensorboard_has_every_number_once_and_on_its_axis(tracked: Path) -> None:
+    events = EventAccumulator(str(tracked / "tensorboard"), size_guidance={SCALARS: 0, TENSORS: 0})
+    events.Reload()
+    patterns, wanted = by_iteration([]), list[tuple[str, int, float]]()
+    for row in metrics(tracked):
+        for name, value in numbers(row).items():
+            axis = "iteration" if any(fnmatchcase(name, pattern) for pattern in patterns) else "step"
+            wanted.append((name, row[axis], pytest.approx(float(value), rel=1e-6)))
+    found = [(name, event.step, event.value) for name in events.Tags()["scalars"] for event in events.Scalars(name)]
+    assert len(wanted) > 500
+    assert sorted(found, key=itemgetter(0, 1)) == sorted(wanted, key=itemgetter(0, 1))
+    assert {"config/text_summary", "summary/text_summary", "tables/pairs/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def as_tensorboard_shows(text: Any) -> str:
+    return markdown.markdown(text.tensor_proto.string_val[0].decode(), extensions=["markdown.extensions.tables"])
+
+
+def test_tensorboard_shows_records_as_they_are_and_as_no_markup(tmp_path: Path) -> None:
+    hostile = "<b>&amp; a|b *c* _d_ `e` [f](g)\r\nsecond"
+    with TensorBoard().open(tmp_path, {"beta": 0.1}) as tracker:
+        tracker.log({"step": 4, "iteration": 3, "label": "M4", "loss": 0.5})
+        tracker.table("hostile", ["text", "score"], iter([(hostile, None)]))
+        tracker.table("long", ["n"], iter((n,) for n in range(99)))
+        tracker.table("empty", ["n"], iter([]))
+        assert tracker.place == f"{tmp_path / 'tensorboard'} (see it with: tensorboard --logdir {tmp_path})"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["tensors"]) == [f"{name}/text_summary" for name in ("config", "hostile", "long")]
+    (table,) = events.Tensors("hostile/text_summary")
+    assert table.step == 3
+    html = as_tensorboard_shows(table)
+    cells = re.findall(r"<td>(.*?)</td>", html, re.DOTALL)
+    assert [unescape(cell.replace("<br>", "\n")) for cell in cells] == [hostile.replace("\r", ""), ""]
+    (long,) = events.Tensors("long/text_summary")
+    assert as_tensorboard_shows(long).count("<td>") == 50
+
+
+def test_trackio_has_every_number_once_and_the_tables(tracked: Path) -> None:
+    import trackio
+
+    (run,) = trackio.Api().runs("tests")
+    assert (run.name, run.config["seed"], run.config["_Group"]) == (tracked_id(tracked), 0, GROUP)
+    logged = trackio.SQLiteStorage.get_logs("tests", run.name)
+    rows = [{k: v for k, v in row.items() if not isinstance(v, dict) and k != "timestamp"} for row in logged]
+    wanted = [{"step": row["step"], "iteration": row["iteration"]} | numbers(row) for row in metrics(tracked)]
+    assert [row for row in rows if len(row) > 1] == wanted
+    tables = {name: v["_value"] for row in logged for name, v in row.items() if isinstance(v, dict)}
+    assert {"tables/instructions", "tables/scores", "tables/pairs"} <= tables.keys()
+    assert tables["tables/pairs"]
+
+
+def test_several_trackers_are_given_all_and_none_is_none(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Keeps(NoTracker):
+        kept: list[Any] = field(default_factory=list)
+
+        def log(self, row: dict[str, Any]) -> None:
+            self.kept.append(row)
+
+        def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+            self.kept.append((name, columns, list(rows)))
+
+        def summarise(self, values: dict[str, Any]) -> None:
+            self.kept.append(values)
+
+        def attach(self, files: Sequence[Path]) -> None:
+            self.kept.append(files)
+
+    one, other = Keeps(), Keeps()
+    both = Trackers((one, other))
+    both.log({"step": 1})
+    both.table("t", ["a"], iter([[1], [2]]))
+    both.summarise({"a": 1})
+    both.attach([tmp_path])
+    assert one.kept == other.kept == [{"step": 1}, ("t", ["a"], [[1], [2]]), {"a": 1}, [tmp_path]]
+    assert both.place == "none (tracker=none), none (tracker=none)"

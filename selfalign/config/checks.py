@@ -64,6 +64,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     _check_judge(config)
     _check_iterations(config)
     _check_meta_judge(config)
+    _check_trackers(config)
     _check_benchmarks(config)
     check_effects(config)
     check_counts(config)
@@ -143,6 +144,13 @@ def _check_meta_judge(config: ExperimentConfig) -> None:
             )
         if not own.pair.needs_scores:
             raise SelfalignError("data.meta_judge needs judgements, and pair.by_score=false asks for none: set it true")
+
+
+def _check_trackers(config: ExperimentConfig) -> None:
+    """Check that each tracker is chosen as an option."""
+    for name, tracking in config.tracker.items():
+        if not hasattr(tracking, "open"):
+            raise SelfalignError(f"unknown key tracker.{name}: choose trackers with tracker=[NAME,...]")
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:

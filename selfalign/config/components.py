@@ -26,7 +26,6 @@ COMPONENTS: dict[str, tuple[type, ...]] = {
     "judge": (Judge,),
     "pair": (PairRule, PositivesOnly),
     "loss": (PreferenceLoss, FineTuningLoss),
-    "tracker": (Tracking,),
 }
 """{group: accepted kinds}. A kind is a protocol, whose members the component must have, or a base class."""
 
@@ -37,6 +36,9 @@ def check_components(config: ExperimentConfig) -> None:
     Raises:
         SelfalignError: one is not; the message names its class and what it lacks.
     """
+    for group in ("tracker", "benchmark"):
+        if is_dataclass(getattr(config, group)):
+            raise SelfalignError(f"{group}: begin its option's defaults with /schema/MODULE.CLASS@NAME, not @_here_")
     for key, component, kinds in _chosen(config):
         if not is_dataclass(component):
             raise SelfalignError(
@@ -60,6 +62,8 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
         yield "data.meta_judge", meta, (MetaJudge,)
     if (schema := config.data.schema) is not None:
         yield "data.schema", schema, (Schema,)
+    chosen = {f"tracker.{name}": tracking for name, tracking in config.tracker.items()}
+    yield from ((key, tracking, (Tracking,)) for key, tracking in chosen.items() if is_dataclass(tracking))
     for name, benchmark in config.benchmark.items():
         if is_dataclass(benchmark):
             yield f"benchmark.{name}", benchmark, (Benchmark,)

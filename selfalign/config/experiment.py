@@ -53,7 +53,7 @@ class ExperimentConfig:
         at: {iteration: what is different from this iteration on}: another `judge`, `pair` or `loss`, as in
             `+judge@at.2.judge=external`, or another list of `writers`. `judge` itself stays the judge of evaluation
             fine-tuning and of all evaluations.
-        tracker: records metrics besides the run folder.
+        tracker: {name: tracker} that receives metrics besides the run folder.
         dry_run: make nothing, but run one batch or two steps of every stage on records of the largest size, and
             estimate the memory, time and money that the run needs.
         price_per_hour: of the machine, in any currency, for that estimate.
@@ -76,7 +76,7 @@ class ExperimentConfig:
     evaluate: EvaluateConfig = MISSING
     benchmark: dict[str, Any] = field(default_factory=dict)
     at: dict[str, Any] = field(default_factory=dict, metadata={"keyed": "if set"})
-    tracker: Any = field(default=MISSING, metadata={"keyed": False})
+    tracker: dict[str, Any] = field(default_factory=dict, metadata={"keyed": False})
     dry_run: bool = field(default=False, metadata={"keyed": False})
     price_per_hour: float = field(default=0.0, metadata={"keyed": False})
     hub: HubConfig = field(default_factory=HubConfig, metadata={"keyed": False})

@@ -36,6 +36,7 @@ from selfalign.runs.reader import Finished, check_artifacts
 from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner, StageRunner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, varying_overrides
+from selfalign.runs.tracker import open_trackers
 from selfalign.store.artifacts import Artifact, Store, locked, open_artifact
 from selfalign.store.key import to_key_json
 from selfalign.tracking.tables import log_tables
@@ -173,7 +174,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
         with suppress(NotMadeYet, SelfalignError, OSError):
             _measure(config, look, sources, runs, trained, asked, {})
         open_folder(folder, text, look.asked)
-        with log_file(folder / "run.log"), config.tracker.open(folder, plain) as ledger.tracker:
+        with log_file(folder / "run.log"), open_trackers(config.tracker, folder, plain) as ledger.tracker:
             warn_of_settings(config, {"overrides": overrides})
             _tell_differences(every)
             _tell_how_asked(every, [source for source in sources if source not in runs], overrides)

@@ -29,6 +29,7 @@ from selfalign.runs.ledger import Ledger, open_ledger
 from selfalign.runs.provenance import write_provenance
 from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
+from selfalign.runs.tracker import open_trackers
 from selfalign.store.artifacts import Store, locked
 from selfalign.tracking.tables import log_tables
 
@@ -96,7 +97,7 @@ def _run(
             warn_of_settings(config, plain)
             preflight(config, stored.found)
             tell_resolved(folder, config)
-            ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
+            ledger.tracker = tracked.enter_context(open_trackers(config.tracker, folder, plain))
             print(plan_text(plan(config), stored), flush=True)
             settle_imports()
             with at_the_end(partial(write_provenance, ledger, config.seed)), workers_may_stay():

@@ -297,17 +297,18 @@ def check_layout(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 
 
 def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """Check that Weights & Biases has a key if it is used online, and that its environment variables are valid."""
+    """Check that each tracker is installed, and that W&B has a key if it is used online, and a valid environment."""
     lines: list[str] = []
-    with noting(lines):
-        wanted = (
-            isinstance(config.tracker, Wandb) and environment_mode() != "disabled" and config.tracker.mode == "online"
-        )
-        if wanted and not has_key():
-            lines.append(
-                "tracker.mode=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or "
-                "set tracker.mode=offline"
-            )
+    for tracking in config.tracker.values():
+        with noting(lines):
+            tracking.check_installed()
+            if not isinstance(tracking, Wandb) or environment_mode() == "disabled":
+                continue
+            if tracking.mode == "online" and not has_key():
+                lines.append(
+                    "tracker.wandb.mode=online needs an API key of Weights & Biases: run `wandb login`, set "
+                    "WANDB_API_KEY, or set tracker.wandb.mode=offline"
+                )
     return lines
 
 

@@ -102,7 +102,7 @@ def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
         "",
         f"report    {ledger.folder / 'report.html'}",
         f"run       {ledger.folder}",
-        f"W&B       {ledger.tracker.place}",
+        f"tracked   {ledger.tracker.place}",
     ]
     if len(ledger.reused) == len(ledger.artifacts):
         lines.append("Everything was made before; nothing had to be made again.")

@@ -1,4 +1,4 @@
-"""The choices of `tracker`: Weights & Biases, or none."""
+"""tracker=wandb: Weights & Biases."""
 
 import logging
 import netrc
@@ -13,9 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from selfalign.core.errors import SelfalignError, one_line
-from selfalign.metrics.catalog import METRICS, PAIRS_OF
-from selfalign.runs.labels import Label
 from selfalign.runs.tracker import NoTracker, Tracker, tracked_id
+from selfalign.tracking.rows import AXES, by_iteration, numbers_of
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")
@@ -34,7 +33,7 @@ class Wandb:
         project: the project of the runs.
         entity: user or team; empty takes the account's default.
         mode: "online", "offline", or "auto", which is online if there is an API key, else offline.
-            WANDB_MODE=disabled or WANDB_DISABLED=true in the environment overrides it and means tracker=none.
+            WANDB_MODE=disabled or WANDB_DISABLED=true in the environment overrides it and switches it off.
         group: the group of the run; empty takes WANDB_RUN_GROUP of the environment, which a sweep sets to its name.
         tags: tags of the run, besides the names of its loss and its judge.
     """
@@ -47,7 +46,10 @@ class Wandb:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise SelfalignError(f"tracker.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+            raise SelfalignError(f"tracker.wandb.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+
+    def check_installed(self) -> None:
+        """Do nothing: the package is always there."""
 
     @contextmanager
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
@@ -68,7 +70,7 @@ class Wandb:
         except (wandb.Error, ValueError) as error:  # pydantic raises ValueError for wrong WANDB_… variables.
             raise SelfalignError(
                 f"tracker: Weights & Biases cannot open a run ({one_line(error)}). Set tracker=none to run without it, "
-                "or tracker.mode=offline to send nothing"
+                "or tracker.wandb.mode=offline to send nothing"
             ) from error
         try:
             run.define_metric("iteration")
@@ -121,10 +123,8 @@ class WandbTracker:
 
     def log(self, row: dict[str, Any]) -> None:
         """Log the numbers of a row, at the row's step."""
-        self.step, prefix = row["step"], Label.parse(row["label"]).metric_prefix
-        axes = {name: row[name] for name in ("step", "iteration")}
-        numbers = {prefix + name: v for name, v in row.items() if name not in axes and not isinstance(v, str)}
-        self.run.log(axes | numbers, step=self.step)
+        self.step = row["step"]
+        self.run.log({name: row[name] for name in AXES} | numbers_of(row), step=self.step)
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Log a table of records at the step of the last row. An empty table is not logged."""
@@ -155,33 +155,6 @@ class WandbTracker:
         if self.run.offline:
             return f"{Path(self.run.dir).parent} (offline; send it with: wandb sync {Path(self.run.dir).parent})"
         return str(self.run.url)
-
-
-@dataclass(kw_only=True, slots=True)
-class NoTracking:
-    """No tracker: metrics are only in the run folder."""
-
-    @contextmanager
-    def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
-        """Open a tracker that does nothing."""
-        yield NoTracker()
-
-
-def by_iteration(benchmarks: Iterable[str]) -> list[str]:
-    """Return the names of the metrics whose axis is the iteration: single ones, and groups as `group/*`.
-
-    The axis of all others is W&B's step, which is the row's.
-    """
-    by_step = {group_of(metric.name) for metric in METRICS.values() if metric.axis == "step"}
-    once = [name for name, metric in METRICS.items() if metric.axis == "iteration" and not name.startswith("{")]
-    single = [name for name in once if "/" not in name or group_of(name) in by_step]
-    groups = [*(group_of(name) for name in once if name not in single), *map(group_of, PAIRS_OF), *benchmarks]
-    return [*single, *(f"{group}/*" for group in dict.fromkeys(groups))]
-
-
-def group_of(name: str) -> str:
-    """Return the part of a metric's name before the first slash."""
-    return name.partition("/")[0]
 
 
 def is_online() -> bool:
