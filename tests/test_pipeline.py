@@ -565,6 +565,8 @@ def check_panel(folder: Path) -> None:
             }
             assert combined[one] == pytest.approx((2 * shares["read"] + shares["outside"]) / 3)
     assert 0 <= manifest(folder, place)["counts"]["judge/disagreement"] <= 1
+    assert not (folder / "artifacts/evaluation_M2/scores").exists(), "votes score no single answer"
+    assert not [name for name in manifest(folder, "evaluation_M2/numbers")["counts"] if "score_win_rate" in name]
 
 
 def check_consistency(folder: Path) -> None:
