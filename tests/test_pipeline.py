@@ -323,7 +323,7 @@ WAYS = {
     "writers": ["data.respond.writers=[self,previous]", "pair=by_writer", "pair.rejected_from=previous",
                 "judge.model=previous"],
     "ahead": ["data.respond.writers=[next,sft]", "pair=by_writer", "pair.chosen_from=next", "iterations=1",
-              "data.instruct.count=6"],
+              "data.instruct.count=6", "data.replay.source={data}/ranked.jsonl", "data.replay.share=0.3"],
     "demonstrated": ["data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]",
                      "data.respond.candidates=1", "pair=by_writer", "pair.chosen_from=demonstration",
                      "pair.rejected_from=self", "pair.by_score=false", "data.respond.sampling.max_new_tokens=9"],
@@ -512,6 +512,11 @@ def check_ahead(folder: Path) -> None:
     assert digest_in(folder, f"{place}/ahead_responses_by_self", "policy") == m1
     assert digest_in(folder, f"{place}/responses_by_next", "policy") == ahead
     assert ahead not in (m1, manifest(folder, "M2")["digest"])
+    # It is aligned on all that the iteration trains on: given pairs are replayed for it too.
+    parts = manifest(folder, f"{place}/ahead_all_pairs")["inputs"]["parts"]
+    given = [manifest(folder, f"{place}/{part}")["digest"] for part in ("ahead_pairs", "ahead_replayed_pairs")]
+    assert [part["digest"] for part in parts] == given
+    assert digest_in(folder, f"{place}/ahead_model", "pairs") == manifest(folder, f"{place}/ahead_all_pairs")["digest"]
     # What is rejected was written once.
     both = [(folder / "artifacts" / place / part).resolve() for part in ("ahead_responses_by_sft", "responses_by_sft")]
     assert both[0] == both[1]
