@@ -356,6 +356,23 @@ def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way
         check(folder)
 
 
+def test_demonstrations_that_teach_nothing_are_not_trained_on_anywhere(tmp_path: Path) -> None:
+    """Neither M1 nor a model that is fine-tuned from M0 on positives sees them, so they rule out no held-out pair."""
+    untaught = [
+        *TINY_RUN,
+        *write_tiny_data(tmp_path),
+        "data.seed_data.eft_source=none",
+        "data.seed_data.fine_tune=false",
+    ]
+    config, *_ = composed(*untaught, "loss=positives", "loss.init=base", "pair=positives")
+    assert not {"M1", "iteration_1/demonstrations"} & set(planned(config))
+    asked = ("data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]", "iterations=1")
+    rule = ("pair=by_writer", "pair.chosen_from=demonstration", "pair.rejected_from=self", "pair.by_score=false")
+    folder = run(tmp_path / "outputs", *untaught, *asked, *rule, "train.validation_pairs=1", "evaluate=none")
+    counts = manifest(folder, "M2")["counts"]
+    assert (counts["validation_pairs"], counts["held_out_passed_over"]) == (1, 0)
+
+
 def check_accumulated(folder: Path) -> None:
     ids = [[p.id for p in records(folder, f"iteration_{n}/pairs", "pairs", PreferencePair)] for n in (1, 2)]
     assert all(ids)

@@ -211,7 +211,7 @@ class Method:
         policy = reference = self.reference(iteration, models)
         start = None
         if not loss.pairwise:
-            if loss.init == "base":
+            if loss.init == "base" and config.data.seed_data.fine_tune:
                 label = Label.iteration(iteration, "demonstrations")
                 pairs = self.run.make(label, gather_pairs, parts=[self.sft_data, pairs])
             return self.supervise(name, replace(models, current=policy), pairs)
@@ -242,8 +242,9 @@ class Method:
 
     def _trained_on(self, iteration: int) -> list[Artifact]:
         """Return what the current model was trained on before an iteration."""
+        taught = [self.inputs.seed_data] if self.config.data.seed_data.fine_tune else []
         replayed = [part for number, part in self.replayed_pairs.items() if number < iteration]
-        return [self.inputs.seed_data, *self.generated_pairs[:-1], *replayed]
+        return [*taught, *self.generated_pairs[:-1], *replayed]
 
     def _selection(self, name: str, models: RunModels) -> CheckpointSelection | None:
         """Return the checkpoint selection of an alignment, or None."""
