@@ -32,6 +32,7 @@ from selfalign.launch.evaluate import evaluate_models
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import fault_counts
+from selfalign.report.timing import training_times
 from selfalign.store.artifacts import StageOutput, Store
 
 
@@ -534,6 +535,7 @@ def check_ahead(folder: Path) -> None:
     given = [manifest(folder, f"{place}/{part}")["digest"] for part in ("ahead_pairs", "ahead_replayed_pairs")]
     assert [part["digest"] for part in parts] == given
     assert digest_in(folder, f"{place}/ahead_model", "pairs") == manifest(folder, f"{place}/ahead_all_pairs")["digest"]
+    assert [row["model"] for row in training_times([folder])] == ["M1", f"{place}/ahead_model", "M2"]
     # What is rejected was written once.
     both = [(folder / "artifacts" / place / part).resolve() for part in ("ahead_responses_by_sft", "responses_by_sft")]
     assert both[0] == both[1]
