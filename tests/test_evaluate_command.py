@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import warm
-from builders import TINY_RUN, run, write_tiny_data
+from builders import TINY_RUN, composed, run, write_tiny_data
 
 from selfalign.cli.environment import conf_folder
 from selfalign.cli.report import report
@@ -21,10 +21,12 @@ from selfalign.core.files import read_json, write_json
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Instruction, PreferencePair, RankedAnswers
 from selfalign.data.turns import as_text
-from selfalign.launch.evaluate import evaluate_models
+from selfalign.launch.evaluate import FinishedRun, evaluate_models, training_of
 from selfalign.launch.sweep import Sweep
+from selfalign.runs.labels import Label
 from selfalign.runs.sweep_jobs import JobState
 from selfalign.runs.tracker import tracked_id
+from selfalign.store.artifacts import Artifact
 
 
 @pytest.fixture(scope="module")
@@ -370,3 +372,20 @@ def test_each_run_is_measured_by_its_own_loss_and_reference_and_against_its_own_
             assert beside["inputs"][key] == alone["inputs"][key], (name, key)
         taught = [known["digest"] for known in alone["inputs"]["trained_on"]]
         assert {*taught} <= {known["digest"] for known in beside["inputs"]["trained_on"]}
+
+
+def test_model_of_a_later_loss_has_the_rewards_of_that_loss(tmp_path: Path) -> None:
+    """As in its run, where `at.2.loss` made M3."""
+    made = {
+        Label.model(name): Artifact(stage="s", key=name, path=tmp_path, digest=name, counts={}, seconds=0.0)
+        for name in ("M0", "SFT", "M1", "M2", "M3", "M4")
+    }
+    config, _, plain = composed(*TINY_RUN, "iterations=3", "loss.beta=0.1", "+loss@at.2.loss=ipo", "at.2.loss.beta=0.7")
+    later, plainer = (FinishedRun("r", tmp_path, made, {**plain, "at": at}) for at in (plain["at"], {}))
+    entered: list[Any] = later.contestants(config, named=False)
+    rated = {one.name: (one.loss.title, one.loss.beta) for one in entered}
+    first, last = ("Sr-DPO", 0.1), ("IPO", 0.7)
+    assert rated == {"M1": first, "M2": first, "M3": last, "M4": last, "SFT": first}
+    assert training_of(later) != training_of(plainer)
+    del plainer.settings["at"]
+    assert training_of(plainer), "a run of before there was `at`"

@@ -369,6 +369,11 @@ IDLE = {
     "scores of a judge that compares": (
         "judge=pairwise evaluate.judge=base", ["evaluate.judge=base"], "judge=pairwise scores no single answer",
     ),
+    "judge of answers beside votes": (
+        "judge=panel +judge@judge.members.a=expected_score +judge@judge.members.b=implicit "
+        "data.seed_data.eft_source=none evaluate.judge=base",
+        ["evaluate.judge=base"], "votes of judge=panel score no single answer",
+    ),
     "comparison on no benchmark": (
         "evaluate.compare_benchmarks=true", ["evaluate.compare_benchmarks=true"],
         "benchmark selects neither MT-Bench nor Vicuna-Bench",

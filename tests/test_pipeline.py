@@ -32,6 +32,7 @@ from selfalign.launch.evaluate import evaluate_models
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import fault_counts
+from selfalign.report.timing import training_times
 from selfalign.store.artifacts import StageOutput, Store
 
 
@@ -323,7 +324,7 @@ WAYS = {
     "writers": ["data.respond.writers=[self,previous]", "pair=by_writer", "pair.rejected_from=previous",
                 "judge.model=previous"],
     "ahead": ["data.respond.writers=[next,sft]", "pair=by_writer", "pair.chosen_from=next", "iterations=1",
-              "data.instruct.count=6"],
+              "data.instruct.count=6", "data.replay.source={data}/ranked.jsonl", "data.replay.share=0.3"],
     "demonstrated": ["data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]",
                      "data.respond.candidates=1", "pair=by_writer", "pair.chosen_from=demonstration",
                      "pair.rejected_from=self", "pair.by_score=false", "data.respond.sampling.max_new_tokens=9"],
@@ -354,6 +355,23 @@ def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way
     check = globals().get(f"check_{way}")
     if check is not None:
         check(folder)
+
+
+def test_demonstrations_that_teach_nothing_are_not_trained_on_anywhere(tmp_path: Path) -> None:
+    """Neither M1 nor a model that is fine-tuned from M0 on positives sees them, so they rule out no held-out pair."""
+    untaught = [
+        *TINY_RUN,
+        *write_tiny_data(tmp_path),
+        "data.seed_data.eft_source=none",
+        "data.seed_data.fine_tune=false",
+    ]
+    config, *_ = composed(*untaught, "loss=positives", "loss.init=base", "pair=positives")
+    assert not {"M1", "iteration_1/demonstrations"} & set(planned(config))
+    asked = ("data.instruct.source=demonstrations", "data.respond.writers=[demonstration,self]", "iterations=1")
+    rule = ("pair=by_writer", "pair.chosen_from=demonstration", "pair.rejected_from=self", "pair.by_score=false")
+    folder = run(tmp_path / "outputs", *untaught, *asked, *rule, "train.validation_pairs=1", "evaluate=none")
+    counts = manifest(folder, "M2")["counts"]
+    assert (counts["validation_pairs"], counts["held_out_passed_over"]) == (1, 0)
 
 
 def check_accumulated(folder: Path) -> None:
@@ -512,6 +530,12 @@ def check_ahead(folder: Path) -> None:
     assert digest_in(folder, f"{place}/ahead_responses_by_self", "policy") == m1
     assert digest_in(folder, f"{place}/responses_by_next", "policy") == ahead
     assert ahead not in (m1, manifest(folder, "M2")["digest"])
+    # It is aligned on all that the iteration trains on: given pairs are replayed for it too.
+    parts = manifest(folder, f"{place}/ahead_all_pairs")["inputs"]["parts"]
+    given = [manifest(folder, f"{place}/{part}")["digest"] for part in ("ahead_pairs", "ahead_replayed_pairs")]
+    assert [part["digest"] for part in parts] == given
+    assert digest_in(folder, f"{place}/ahead_model", "pairs") == manifest(folder, f"{place}/ahead_all_pairs")["digest"]
+    assert [row["model"] for row in training_times([folder])] == ["M1", f"{place}/ahead_model", "M2"]
     # What is rejected was written once.
     both = [(folder / "artifacts" / place / part).resolve() for part in ("ahead_responses_by_sft", "responses_by_sft")]
     assert both[0] == both[1]
@@ -565,6 +589,8 @@ def check_panel(folder: Path) -> None:
             }
             assert combined[one] == pytest.approx((2 * shares["read"] + shares["outside"]) / 3)
     assert 0 <= manifest(folder, place)["counts"]["judge/disagreement"] <= 1
+    assert not (folder / "artifacts/evaluation_M2/scores").exists(), "votes score no single answer"
+    assert not [name for name in manifest(folder, "evaluation_M2/numbers")["counts"] if "score_win_rate" in name]
 
 
 def check_consistency(folder: Path) -> None:

@@ -79,8 +79,9 @@ class Fabricated:
         place.mkdir(parents=True)
         records_artifact(place, **files)
         inputs = {"loss": {"class": "SrDPO", **self.config["loss"]}} if stage == "align" else {}
+        inputs = {"judge": self.config["judge"]} if stage == "judge" else inputs
         write_json(place / "manifest.json", {"inputs": inputs})
-        self.stages.append({"label": label, "stage": stage, "seconds": 2.5, "counts": counts, "key": "k"})
+        self.stages.append({"label": label, "stage": stage, "seconds": 2.5, "counts": counts, "key": label})
         self.drops |= {label: counts["dropped"]} if counts.get("dropped") else {}
 
     def model(self, label: str, stage: str, **numbers: Any) -> None:

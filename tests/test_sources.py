@@ -399,6 +399,16 @@ def test_pairs_that_contradict_each_other_are_dropped_and_counted(tmp_path: Path
     assert drops == Counter(order_contradicts=2)
 
 
+@pytest.mark.parametrize(("one", "other"), [("Café?", "Cafe\u0301?"), ("a\nb", "a\r\nb"), ("at 9\u00a0h", "at 9 h")])
+def test_pairs_contradict_each_other_in_any_encoding_of_their_texts(tmp_path: Path, one: str, other: str) -> None:
+    """As everywhere where texts are compared: two files made on two systems spell accents and line ends apart."""
+    rows = [
+        {"instruction": one, "chosen": f"no {one}", "rejected": "yes"},
+        {"instruction": other, "chosen": "yes", "rejected": f"no {other}"},
+    ]
+    assert read_pairs(write_rows(tmp_path / "a.jsonl", *rows)) == ([], Counter(order_contradicts=2))
+
+
 def test_published_pairs_that_contradict_each_other_are_dropped_and_counted(tmp_path: Path) -> None:
     said = [f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("yes", "no", "maybe")]
     sides = [(0, 1), (1, 0), (0, 2)]

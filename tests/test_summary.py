@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def made(stage: str, seconds: float = 1.0, **counts: Any) -> Artifact:
 
 
 def labelled(artifacts: dict[str, Artifact]) -> dict[Label, Artifact]:
-    return {Label.parse(text): artifact for text, artifact in artifacts.items()}
+    return {Label.parse(text): replace(artifact, path=Path("/nowhere", text)) for text, artifact in artifacts.items()}
 
 
 ARTIFACTS = labelled(
@@ -63,6 +64,15 @@ def test_seconds_of_a_model_are_those_of_its_pairs_training_and_evaluation() -> 
     assert m1["seconds"] == round(2.0 + 0.5 + 0.25, 1)
     assert m2["seconds"] == round(4.0 + 0.125 + 10.0 + 0.5, 1)
     assert m3["seconds"] == 20.0
+
+
+def test_artifact_under_two_labels_takes_its_time_once() -> None:
+    artifacts = labelled(
+        {"M1": made("sft"), "M2": made("align", 1.0), "iteration_1/responses_by_sft": made("respond", 8.0)}
+    )
+    shared = artifacts[Label.parse("iteration_1/responses_by_sft")]
+    artifacts[Label.parse("iteration_1/ahead_responses_by_sft")] = shared
+    assert summarise(artifacts, models_of(artifacts))["models"][-1]["seconds"] == 9.0
 
 
 def test_rows_of_tenth_and_first_model_do_not_mix() -> None:

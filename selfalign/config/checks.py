@@ -21,7 +21,16 @@ from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import ComparatorSettings
 from selfalign.judges.criteria import CriteriaSource, criteria_of
 from selfalign.judges.panel import Panel, judges_in
-from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, head_of, other_scale, verifies
+from selfalign.judges.protocol import (
+    OWN_MODELS,
+    Rubric,
+    asks_a_policy,
+    asks_a_server,
+    head_of,
+    only_compares,
+    other_scale,
+    verifies,
+)
 from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -489,8 +498,10 @@ def _scores_of_one_judge(judge: Any) -> str:
     """Return why no model of the run scores the evaluation answers; empty if one does."""
     if asks_a_server(judge):
         return "a server scores the answers"
-    if isinstance(judge, Pairwise):
-        return "judge=pairwise scores no single answer"
+    if only_compares(judge):
+        return (
+            f"{'votes of judge=panel score' if isinstance(judge, Panel) else 'judge=pairwise scores'} no single answer"
+        )
     if head_of(judge) is not None:
         return "a reward model scores the answers"
     return "" if asks_a_policy(judge) or isinstance(judge, Panel) else "no model scores the answers"

@@ -54,6 +54,7 @@ from selfalign.data.turns import (
     ROLES,
     as_text,
     check_prompt,
+    compared,
     fault_of,
     only_answer,
     read_task,
@@ -300,14 +301,14 @@ def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> lis
 
     Args:
         records: pairs or ranked questions.
-        said: returns a record's prompt, and its answers with the best first; surrounding spaces do not count.
+        said: returns a record's prompt, and its answers with the best first; texts count in the form of `compared`.
     """
 
     def orders(record: T) -> Iterator[tuple[str, str, str]]:
         asked, answers = said(record)
-        for better, worse in combinations((answer.strip() for answer in answers), 2):
+        for better, worse in combinations(map(compared, answers), 2):
             if better != worse:
-                yield asked.strip(), better, worse
+                yield compared(asked), better, worse
 
     known = {order for record in records for order in orders(record)}
     return [r for r in records if not any((asked, worse, better) in known for asked, better, worse in orders(r))]

@@ -45,6 +45,7 @@ class Pairwise(PairwiseComparator):
     degeneracy: DegeneracyThresholds = field(default_factory=DegeneracyThresholds)
     min_valid_samples: ClassVar[int] = 1
     instructions_per_call: ClassVar[int] = INSTRUCTIONS_PER_CALL
+    only_compares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         PairwiseComparator.__post_init__(self)

@@ -19,6 +19,7 @@ from selfalign.judges.protocol import (
     asks_a_policy,
     by_instruction,
     check_share,
+    only_compares,
     unjudged,
 )
 from selfalign.metrics import catalog
@@ -83,6 +84,11 @@ class Panel:
                 f"{key}.combine=mean needs judges on one scale, but they score {' and '.join(sorted(scales))}: set "
                 f"{key}.combine=votes, or judges of the same scale"
             )
+
+    @property
+    def only_compares(self) -> bool:
+        """Whether the scores only order the responses to one instruction: they are votes, or a member only compares."""
+        return self.combine == "votes" or any(map(only_compares, self.members.values()))
 
     def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of scores, one for each response."""

@@ -273,6 +273,11 @@ def verifies(judge: object) -> bool:
     return getattr(judge, "verifies", False)
 
 
+def only_compares(judge: object) -> bool:
+    """Whether the judge's scores only order the responses to one instruction, so that a single one has no score."""
+    return getattr(judge, "only_compares", False)
+
+
 def who_judges(judge: Any, policy: Artifact | None) -> str:
     """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
     if asks_a_server(judge):

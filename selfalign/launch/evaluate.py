@@ -49,7 +49,7 @@ LONGEST_NAME = 60
 MEASURING = ("data.seed_data", "engine", "judge")
 """Settings that training and evaluation share."""
 
-REWARDING = ("loss", "train.reference_policy")
+REWARDING = ("loss", "at", "train.reference_policy")
 """Settings that a model's rewards depend on."""
 
 MEASURED_BY = (*MEASURING, *REWARDING, "benchmark", "data.schema", "evaluate", "model.dtype", "seed", "train.align")
@@ -111,11 +111,8 @@ class FinishedRun:
             config: how they were trained.
             named: whether their names begin with the run's.
         """
-        loss, reference = config.loss, config.train.reference_policy
-        if not loss.pairwise:
-            reference = "base" if loss.init == "base" else "previous"
         seeds = self.made.get(Label.input("seeds"))
-        known = {"loss": loss, "seed_data": [seeds] if seeds else []}
+        known: dict[str, Any] = {"loss": config.loss, "seed_data": [seeds] if seeds else []}
         base, prefix = self.made[Label.model("M0")], f"{self.name}." if named else ""
         sft = self.made.get(Label.model("M1"), base)
         found = [Contestant("M1" if self.shares_first else f"{prefix}M1", sft, base, **known)]
@@ -125,12 +122,15 @@ class FinishedRun:
                 numbers = range(1, label.iteration_number + 1)
                 until = [Label.iteration(n, part) for part in ("replayed_pairs", "pairs") for n in numbers]
                 pairs = [self.made[one] for one in until if one in self.made]
-                against = {"base": base, "sft": sft}.get(reference, previous)
+                known["loss"] = loss = config.in_iteration(label.iteration_number).loss
+                named_reference = config.train.reference_policy if loss.pairwise else loss.init
+                against = {"base": base, "sft": sft}.get(named_reference, previous)
                 found.append(Contestant(f"{prefix}{label}", self.made[label], against, pairs, **known))
                 previous = self.made[label]
         if self.job:
             return [found[0], *found[1:][-1:]]
         baseline = self.made.get(Label.model(BASELINE))
+        known["loss"] = config.loss
         return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base, **known)] if baseline else [])]
 
 
@@ -255,9 +255,10 @@ def _is_below(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}.")
 
 
-def _training_of(run: FinishedRun) -> str:
+def training_of(run: FinishedRun) -> str:
     """Return the digest of the settings that the rewards of a run's models depend on."""
-    return digest_json([run.settings["choices"]["loss"], *(_setting(run, name) for name in REWARDING)])
+    settings = {"at": {}, **run.settings}
+    return digest_json([settings["choices"]["loss"], *(_setting(settings, name) for name in REWARDING)])
 
 
 def _as_trained(
@@ -266,23 +267,23 @@ def _as_trained(
     compose: Callable[[FinishedRun], tuple[ExperimentConfig, Any, Any]],
     check: Callable[[FinishedRun, Sequence[str]], None],
 ) -> dict[str, ExperimentConfig]:
-    """Return {`_training_of` a run: its configuration}; that of the first run is `first`."""
-    known = {_training_of(run): first for run in runs[:1]}
+    """Return {`training_of` a run: its configuration}; that of the first run is `first`."""
+    known = {training_of(run): first for run in runs[:1]}
     for run in runs[1:]:
-        if _training_of(run) not in known:
+        if training_of(run) not in known:
             check(run, REWARDING)
-            known[_training_of(run)] = compose(run)[0]
+            known[training_of(run)] = compose(run)[0]
     return known
 
 
-def _setting(run: FinishedRun, name: str) -> Any:
+def _setting(settings: dict[str, Any], name: str) -> Any:
     """Return the part of a run's settings with this dotted name."""
-    return reduce(dict.__getitem__, name.split("."), run.settings)
+    return reduce(dict.__getitem__, name.split("."), settings)
 
 
 def _tell_differences(runs: Sequence[FinishedRun]) -> None:
     """Warn of evaluation settings that differ between the runs; those of the first run are used."""
-    differ = [name for name in MEASURING if len({digest_json(_setting(run, name)) for run in runs}) > 1]
+    differ = [name for name in MEASURING if len({digest_json(_setting(run.settings, name)) for run in runs}) > 1]
     if differ:
         logger.warning(
             "the runs differ in %s: all models are evaluated with the settings of %s",
@@ -336,7 +337,7 @@ def _measure(
     for source in sources:
         for found in runs.get(source, []):
             named = len(sources) > 1 or found.job
-            entered = found.contestants(trained[_training_of(found)], named=named)
+            entered = found.contestants(trained[training_of(found)], named=named)
             listed = [(contestant.name, contestant.policy) for contestant in contestants]
             contestants += entered[found.shares_first and (entered[0].name, entered[0].policy) in listed :]
         if source not in runs:

@@ -192,7 +192,9 @@ def conclude(
         pages: functions that write a page, each given the run folder.
         more: further entries of the summary.
     """
+    later = {start: stated(changes["loss"]) for start, changes in config.at.items() if "loss" in changes}
     described = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
+    described |= {"later_losses": later} if later else {}
     summary = {**described, **more, **summarise(ledger.artifacts, models)}
     write_json(ledger.folder / "summary.json", summary)
     ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})

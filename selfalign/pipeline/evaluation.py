@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
-from selfalign.judges.protocol import asks_a_server
+from selfalign.judges.protocol import asks_a_server, only_compares
 from selfalign.losses.protocol import Loss
 from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import RunInputs
@@ -17,7 +17,7 @@ from selfalign.runs.runner import StageRunner
 from selfalign.stages.benchmark import benchmark, overlapping
 from selfalign.stages.evaluate import JudgedTexts, MaybeJudged, compares_on, evaluate, opponents
 from selfalign.stages.head_to_head import head_to_head
-from selfalign.stages.judge import ImplicitReward, Pairwise
+from selfalign.stages.judge import ImplicitReward
 from selfalign.stages.kl_divergence import kl_divergence
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artifact
@@ -109,8 +109,8 @@ class Evaluation:
         )
 
     def _score(self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact) -> Artifact | None:
-        """Score responses with the judge of all models. Return None for a pairwise judge, which only compares."""
-        if isinstance(self.config.judge, Pairwise):
+        """Score responses with the judge of all models. Return None for a judge that only compares."""
+        if only_compares(self.config.judge):
             return None
         return self.judging.judge(label.sibling("scores"), self.config.evaluate.judge, models, instructions, responses)
 

@@ -172,13 +172,24 @@ class Method:
         if self.inputs.pairs is not None:
             return self.inputs.pairs
         self.generated_pairs.append(self.generation.pairs(iteration, models))
-        data, label = self.config.data, Label.iteration(iteration, "replayed_pairs")
-        parts = list(self.generated_pairs) if data.accumulate_pairs else self.generated_pairs[-1:]
+        pairs, replayed = self._with_others(iteration, self.generated_pairs)
+        if replayed is not None:
+            self.replayed_pairs[iteration] = replayed
+        return pairs
+
+    def _with_others(
+        self, iteration: int, generated: list[Artifact], prefix: str = ""
+    ) -> tuple[Artifact, Artifact | None]:
+        """Return the pairs that an iteration trains on, the newest of `generated` among them, and the replayed ones."""
+        data, label, replayed = self.config.data, Label.iteration(iteration, "replayed_pairs"), None
+        parts = list(generated) if data.accumulate_pairs else generated[-1:]
         if share := data.replay.at(iteration):
             drawn = {"share": share, "pairs": parts, "given": self.inputs.replay, "seed": self._seed(label)}
-            self.replayed_pairs[iteration] = self.run.make(label, replay_pairs, **drawn)
-            parts.append(self.replayed_pairs[iteration])
-        return parts[0] if len(parts) == 1 else self.run.make(label.sibling("all_pairs"), gather_pairs, parts=parts)
+            replayed = self.run.make(label.sibling(f"{prefix}{label.part}"), replay_pairs, **drawn)
+            parts.append(replayed)
+        if len(parts) > 1:
+            return self.run.make(label.sibling(f"{prefix}all_pairs"), gather_pairs, parts=parts), replayed
+        return parts[0], replayed
 
     def reference(self, iteration: int, models: RunModels) -> Artifact:
         """Return the reference policy of an alignment, or the start of another fine-tuning."""
@@ -190,14 +201,17 @@ class Method:
     def align(self, iteration: int, models: RunModels, pairs: Artifact, *, ahead: bool = False) -> Artifact:
         """Align the current model on the pairs, against the reference policy.
 
-        A model that is aligned ahead only writes in its iteration. It has no validation and no checkpoint selection.
+        A model that is aligned ahead only writes in its iteration. It is aligned on these pairs and all others that the
+        iteration trains on. It has no validation and no checkpoint selection.
         """
+        if ahead:
+            pairs, _ = self._with_others(iteration, [*self.generated_pairs, pairs], AHEAD)
         config, prefix = self.config.in_iteration(iteration), AHEAD * ahead
         name, loss, train = model_after(iteration), loss_at(config.loss, iteration), config.train
         policy = reference = self.reference(iteration, models)
         start = None
         if not loss.pairwise:
-            if loss.init == "base":
+            if loss.init == "base" and config.data.seed_data.fine_tune:
                 label = Label.iteration(iteration, "demonstrations")
                 pairs = self.run.make(label, gather_pairs, parts=[self.sft_data, pairs])
             return self.supervise(name, replace(models, current=policy), pairs)
@@ -228,8 +242,9 @@ class Method:
 
     def _trained_on(self, iteration: int) -> list[Artifact]:
         """Return what the current model was trained on before an iteration."""
+        taught = [self.inputs.seed_data] if self.config.data.seed_data.fine_tune else []
         replayed = [part for number, part in self.replayed_pairs.items() if number < iteration]
-        return [self.inputs.seed_data, *self.generated_pairs[:-1], *replayed]
+        return [*taught, *self.generated_pairs[:-1], *replayed]
 
     def _selection(self, name: str, models: RunModels) -> CheckpointSelection | None:
         """Return the checkpoint selection of an alignment, or None."""

@@ -6,6 +6,7 @@ The card is Markdown with the metadata that hubs read.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,9 @@ from selfalign.metrics import catalog
 from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
-from selfalign.report.sentences import WHO, comparisons, judge_name, judges_of_answers, verdict, warnings, what_was_run
+from selfalign.report.sentences import WHO, comparisons, judges_of_answers, verdict, warnings, what_was_run
 from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
-from selfalign.runs.labels import Label
+from selfalign.runs.labels import Kind, Label, model_after
 from selfalign.runs.reader import Finished
 from selfalign.runs.summary import drops_text
 
@@ -36,10 +37,12 @@ RESULTS = (
 
 SOURCES = {
     Label.iteration(1, "pairs"): "preference pairs",
+    Label.input("replay", "pairs"): "replayed preference pairs",
     Label.input("instructions"): "new instructions",
     Label.input("questions"): "evaluation instructions",
     Label.input("given_outputs"): "answers to compare with",
     Label.input("validation"): "validation instructions",
+    Label.input("preferences", "pairs"): "evaluation pairs",
 }
 """Artifacts that are read from one data source."""
 
@@ -129,12 +132,13 @@ def metadata(run: Finished) -> "ModelCardData":
 
     lora, measured = run.config["model"]["lora"]["rank"], eval_results(run)
     hub_data = [source.hub_id for source in sources(run) if source.hub_id and "evaluation" not in source.purpose]
+    titles = dict.fromkeys(loss["title"].lower() for loss in run.losses.values())
     return ModelCardData(
         base_model=base_on_hub(run)[0] or None,
         datasets=list(dict.fromkeys(hub_data)) or None,
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
-        tags=["selfalign", run.loss["title"].lower(), *(["lora"] if lora else [])],
+        tags=["selfalign", *titles, *(["lora"] if lora else [])],
         model_name=title_of(run) if measured else None,
         eval_results=measured or None,
         **stated_licence(run),
@@ -199,28 +203,46 @@ def html(text: str) -> str:
 
 def method(run: Finished) -> str:
     """Return the section on the method: a paragraph and the settings."""
-    config, label = run.config, last_model(run)
-    given = "given pairs" if "path" in config["data"] else "the model's own pairs (arXiv 2401.10020)"
+    config = run.config
+    own = config["data"].get("respond", {}).get("writers", ["self"]) == ["self"]
+    made = "the model's own pairs (arXiv 2401.10020)" if own else "pairs of several writers' responses"
+    given = "given pairs" if "path" in config["data"] else made
+    given += " beside given ones" if Label.input("replay", "pairs") in run.stages else ""
     facts = [f"Method: {given}, {plural(config['iterations'], 'iteration')}"]
-    loss = run.inputs(label).get("loss") or {"class": config["choices"]["loss"]}
-    facts.append(f"Loss of a pair: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}")
-    if "h" in run.loss["formula"]:
+    formulas = [loss["formula"] for loss in run.losses.values()]
+    for start, last, since in eras(run, "loss"):
+        loss, own = run.losses[start], run.inputs(Label.model(model_after(last))).get("loss")
+        said = settings(own or {"class": config["choices"]["loss"]})
+        facts.append(f"Loss of a pair{since}: {loss['title']}, {code(loss['formula'])}; {said}")
+    if any("h" in formula for formula in formulas):
         facts.append(
             "Here, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
             "tokens; ⊥ stops the gradient"
         )
-    if "h" in run.loss["formula"] or "π_ref" in run.loss["formula"]:
+    if any("h" in formula or "π_ref" in formula for formula in formulas):
         facts.append(f"Reference policy π_ref: {WHO[config['train']['reference_policy']]}")
-    judge = next((run.inputs(name)["judge"] for name, stage in run.stages.items() if stage == "judge"), None)
     if system := config["model"].get("system_prompt"):
         facts.append(f"System prompt, before conversations without a system turn: {code(system)}")
-    facts.append(f"Judge: {settings(judge)}" if judge else "Judge: none, nothing was judged")
-    if rule := run.inputs(Label.iteration(config["iterations"], "pairs")).get("rule"):
-        facts.append(f"Pair rule: {settings(rule)}")
+    facts.append(f"Judge: {settings(run.judging)}" if run.judging else "Judge: none, nothing was judged")
+    for start, _, since in eras(run, "judge")[1:]:
+        if judge := run.inputs(Label.iteration(start, "judgements")).get("judge"):
+            facts.append(f"Judge{since}: {settings(judge)}")
+    if judge := run.inputs(Label.input("preferences", "scores")).get("judge"):
+        facts.append(f"Judge of held-out pairs: {settings(judge)}")
+    for _, last, since in eras(run, "pair"):
+        if rule := run.inputs(Label.iteration(last, "pairs")).get("rule"):
+            facts.append(f"Pair rule{since}: {settings(rule)}")
     for name, part in (("Fine-tuning (SFT)", "sft"), ("Alignment", "align")):
         if part in run.stages.values():
             facts.append(f"{name}: {settings({key: config['train'][part][key] for key in TRAINING})}")
     return f"{html(f'<p>{what_was_run(run)}</p>')}\n\n{bullets(facts)}"
+
+
+def eras(run: Finished, key: str) -> list[tuple[int, int, str]]:
+    """Return (first iteration, last iteration, words for the first) of each setting of a component, by `at`."""
+    later = [int(start) for start, changes in run.config.get("at", {}).items() if key in changes]
+    starts = [1, *sorted(later), run.config["iterations"] + 1]
+    return [(start, end - 1, f", from iteration {start} on" if start > 1 else "") for start, end in pairwise(starts)]
 
 
 def settings(component: Mapping[str, Any]) -> str:
@@ -245,7 +267,7 @@ def sources(run: Finished) -> list[Source]:
     named = [(said, seeds["config"][key]) for key, said in purposes.items() if seeds.get("config", {}).get(key)]
     given = [(*one, content) for one, content in zip(named, seeds.get("contents", []), strict=True)]
     inputs = [(purpose, run.inputs(label)) for label, purpose in SOURCES.items()]
-    given += [(purpose, made["source"], made["content"]) for purpose, made in inputs if "content" in made]
+    given += [(purpose, made["source"], made["content"]) for purpose, made in inputs if made.get("content")]
     return [Source(purpose, *part) for purpose, source, content in given for part in parts_of(source, content)]
 
 
@@ -284,7 +306,7 @@ def results(run: Finished) -> str:
 
 def limits(run: Finished) -> str:
     """Return the section on the limits of the results."""
-    row, config = run.models[-1], run.config
+    row = run.models[-1]
     lines = [f"This is one run with one seed ({code(run.summary['seed'])}). Another seed may give other results."]
     if judged := judges_of_answers(run):
         answers = comparisons(row) or row[catalog.EVAL_ANSWERS.name]
@@ -299,12 +321,18 @@ def limits(run: Finished) -> str:
         )
     else:
         lines.append("No answers were compared, so the results do not show whether the last model is better than M1.")
-    if judge_name(config["judge"]) == WHO["self"] and "path" not in config["data"]:
+    if judges_itself(run):
         lines.append("Each model judged its own training data, so training strengthens what its judge overrates.")
     if questions := row.get(catalog.JUDGE_QUALITY_QUESTIONS.name):
         lines.append(f"Judge quality was measured on {plural(questions, 'question')} with ranked answers.")
     lines.append("Safety was not evaluated.")
     return f"{bullets(lines)}\n\n{html(warnings(run))}".strip()
+
+
+def judges_itself(run: Finished) -> bool:
+    """Whether a model of the run gave the scores that its own training data were chosen by."""
+    judged = [label for label in run.stages if label.kind is Kind.ITERATION and label.is_judged]
+    return any(run.inputs(label).get("judge", {}).get("model") == "self" for label in judged)
 
 
 def lineage(run: Finished) -> str:

@@ -46,7 +46,7 @@ from selfalign.report.tables import (
     ranked_histograms,
 )
 from selfalign.report.timing import times_table
-from selfalign.runs.labels import BASELINE, Kind, Label
+from selfalign.runs.labels import BASELINE, JUDGE_PAIRS, Kind, Label
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 
 Row = dict[str, Any]
@@ -153,12 +153,18 @@ ITERATIONS = (
             ("instructions", (catalog.KEPT, catalog.WRITTEN, catalog.NOVELTY, catalog.DISTINCT_2)),
             ("responses", (catalog.RESPONSES, catalog.FINISHED_SHARE)),
             ("judgements", (catalog.JUDGE_MEAN_SCORE, catalog.JUDGE_TIED_SHARE, catalog.JUDGE_STD_SCORE)),
-            (
-                "pairs",
-                (catalog.PAIRS, catalog.POSITIVES, catalog.MEAN_SCORE_MARGIN, catalog.MEAN_LENGTH_DIFFERENCE),
-            ),
+            ("pairs", (catalog.POSITIVES, catalog.MEAN_SCORE_MARGIN, catalog.MEAN_LENGTH_DIFFERENCE)),
         )
         for metric in metrics
+    ),
+    Column("pairs", "preference pairs of the iteration's responses, or given ones", "pairs/pairs", ANY),
+    Column("pairs of judgements", "preference pairs of its judgements", f"{JUDGE_PAIRS}/pairs", ANY),
+    Column.of(catalog.REPLAYED_PAIRS, "replayed_pairs"),
+    Column(
+        "pairs trained on",
+        "all preference pairs that its model was trained on; those held out or too long are not among them",
+        "model/pairs",
+        ANY,
     ),
 )
 """The data that each iteration made."""
@@ -367,7 +373,7 @@ def drops(run: Finished) -> str:
 def times(run: Finished) -> str:
     """Return bars of the time spent, by purpose."""
     seconds: dict[str, float] = {}
-    for stage in run.summary["stages"]:
+    for stage in {(stage["stage"], stage["key"]): stage for stage in run.summary["stages"]}.values():
         name = purpose(Label.parse(stage["label"]), stage["stage"])
         seconds[name] = seconds.get(name, 0.0) + stage["seconds"]
     total = duration(math.fsum(seconds.values()))

@@ -1,11 +1,14 @@
 """Sentences of the report: what was run, and what its last win rate shows. They are HTML, escaped here."""
 
+import math
+from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from selfalign.metrics import catalog
 from selfalign.report.html import compact, is_number, percent, strong
-from selfalign.runs.labels import Kind, Label
+from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label
 from selfalign.runs.reader import Finished
 
 SCORES = {
@@ -108,7 +111,8 @@ def _data_sentence(run: Finished) -> str:
         judged = "which nobody judged"
     times = run.config["iterations"]
     often = "one iteration" if times == 1 else f"each of {times} iterations"
-    return " ".join([f"In {strong(often)} {_written(run)}, {judged}; {strong(_rule(run))}.", *_changes(run)])
+    made = f"In {strong(often)} {_written(run)}, {judged}; {strong(_rule(run))}."
+    return " ".join([made, *_smoothed(run), *_beside(run), *_changes(run)])
 
 
 def _written(run: Finished) -> str:
@@ -145,6 +149,33 @@ def _rule(run: Finished) -> str:
     return RULES.get(rule, f"{rule} made the pairs") + (f" (k = {pair['k']})" if "k" in pair else "")
 
 
+def _smoothed(run: Finished) -> list[str]:
+    """Return whose judgements give the pairs their label smoothing."""
+    pair = run.config["pair"]
+    if pair.get("consistency", "none") == "none":
+        return []
+    second = "M1" if (name := pair["consistent_with"]) == "sft" else WRITERS[name]
+    whose = "of all instructions" if pair["consistency"] == "mean" else "of each instruction"
+    return [
+        f"{second[0].upper()}{second[1:]} judged too, and how far both disagreed {whose} is a pair's label smoothing."
+    ]
+
+
+def _beside(run: Finished) -> list[str]:
+    """Return what was trained on beside an iteration's own pairs of responses."""
+    data, found = run.config["data"], list[str]()
+    if meta := data.get("meta_judge"):
+        made = [str(n) for n in run.iterations if Label.iteration(n, JUDGE_PAIRS) in run.stages]
+        which = f"iteration{'s' * (len(made) > 1)} {', '.join(made)}"
+        found.append(f"pairs of judgements, which {escape(judge_name(meta))} compared, in {which}")
+    if data.get("accumulate_pairs"):
+        found.append("the pairs of earlier iterations")
+    replay = data.get("replay") or {}
+    if replay.get("source") and any(label.part == "replayed_pairs" for label in run.stages):
+        found.append(f"given pairs of {strong(replay['source'])} (share of all: {_numbers(replay['share'])})")
+    return [f"Trained on beside these pairs: {'; '.join(found)}."] if found else []
+
+
 def _changes(run: Finished) -> list[str]:
     """Return what changed from an iteration on."""
     return [
@@ -157,13 +188,23 @@ def _loss_sentence(run: Finished) -> str:
     labels = [Label.model(row["model"]) for row in run.models if row["iteration"]]
     if not labels:
         return ""
-    models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
     if run.stages[labels[0]] == "sft":
+        models = strong(", ".join(map(str, labels)))
         return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
+    starts = [*run.losses, math.inf]
+    return " ".join(
+        _made_by(run, start, [label for label in labels if start <= label.iteration_number < end])
+        for start, end in pairwise(starts)
+    )
+
+
+def _made_by(run: Finished, start: int, labels: Sequence[Label]) -> str:
+    """Return which models the loss made that aligned from an iteration on."""
+    loss = run.config["loss"] if start == 1 else run.config["at"][str(start)]["loss"]
     settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "lambda_scale") if key in loss]
-    against = WHO[run.config["train"]["reference_policy"]]
-    return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
+    against, made = WHO[run.config["train"]["reference_policy"]], strong(", ".join(map(str, labels)))
+    return f"{strong(run.losses[start]['title'])} ({', '.join(settings)}; reference: {against}) made {made}."
 
 
 def _numbers(value: float | list[float]) -> str:

@@ -226,19 +226,19 @@ def ranked_histograms(run: Finished) -> str:
 
 
 def _histograms(run: Finished, labels: dict[str, Label], what: str) -> str:
-    """Return histograms with one scale of heights. Whole scores have a bar each; otherwise each point has four bars."""
-    scale = run.config["judge"]
-    if "min_score" not in scale:
-        return ""
-    judged = {title: run.records(label, Judgement) for title, label in labels.items()}
+    """Return histograms with one scale of heights, each from end to end of its judge's scale; none without a scale.
+
+    Whole scores have a bar each; otherwise each point has four bars.
+    """
+    scales = {title: run.inputs(label).get("judge", {}) for title, label in labels.items()}
+    ends = {title: (one["min_score"], one["max_score"]) for title, one in scales.items() if "min_score" in one}
+    judged = {title: run.records(labels[title], Judgement) for title in ends}
     scores = {title: array("d", (j.score for j in found if j.score is not None)) for title, found in judged.items()}
     whole = all(score == int(score) for given in scores.values() for score in given)
     parts, resolution = (1, "") if whole else (4, ", to quarters of a point")
-    counts = {
-        title: score_histogram(s, scale["min_score"], scale["max_score"], parts) for title, s in scores.items() if s
-    }
+    counts = {title: score_histogram(given, *ends[title], parts) for title, given in scores.items() if given}
     peak = max((max(values) for values in counts.values()), default=0)
     return grid(
-        figure(title, f"{what}{resolution}", draw_histogram(values, scale["min_score"], peak, title, parts))
+        figure(title, f"{what}{resolution}", draw_histogram(values, ends[title][0], peak, title, parts))
         for title, values in counts.items()
     )

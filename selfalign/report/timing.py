@@ -10,7 +10,7 @@ from selfalign.core.files import read_json, read_lines
 from selfalign.core.formatting import duration
 from selfalign.metrics import catalog
 from selfalign.report.html import Column, decimals, explained, note
-from selfalign.runs.labels import BASELINE, Label
+from selfalign.runs.labels import AHEAD, BASELINE, Label
 from selfalign.runs.reader import Finished
 from selfalign.store.artifacts import LOG, MANIFEST
 
@@ -43,8 +43,10 @@ def training_times(folders: Sequence[Path]) -> list[Row]:
 
 
 def _of_run(folder: Path) -> list[Row]:
-    labels = [Label.parse(path.parent.name) for path in (folder / "artifacts").glob(f"*/{MANIFEST}")]
-    labels.sort(key=lambda label: (label.iteration_number, label.owner != BASELINE))
+    artifacts = folder / "artifacts"
+    made = [*artifacts.glob(f"*/{MANIFEST}"), *artifacts.glob(f"*/{AHEAD}model/{MANIFEST}")]
+    labels = [Label.parse(path.parent.relative_to(artifacts).as_posix()) for path in made]
+    labels.sort(key=lambda label: (label.iteration_number, not label.part, label.owner != BASELINE))
     summary = read_json(folder / "summary.json")
     titles = {summary["config"]["choices"]["loss"]: summary["loss"]["title"]}
     return [row for label in labels if (row := _of_model(folder, label, titles))]
@@ -62,7 +64,8 @@ def _of_model(folder: Path, label: Label, titles: dict[str, str]) -> Row:
     if manifest.get("stage") not in ("align", "sft") or not steps or None in times:
         return {}
     loss = manifest["inputs"].get("loss", {})
-    stored = Label.iteration(label.iteration_number, "reference").link_in(folder) / MANIFEST
+    part = f"{AHEAD}reference" if label.part else "reference"
+    stored = Label.iteration(label.iteration_number, part).link_in(folder) / MANIFEST
     rates = [row[catalog.TOKENS_PER_SECOND.name] for row in steps]
     seconds = math.fsum(times)
     tokens = math.fsum(rate * time for rate, time in zip(rates, times, strict=True))

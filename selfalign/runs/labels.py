@@ -166,6 +166,11 @@ class Label:
         return self._role in JUDGED and self.owner != "preferences"
 
     @property
+    def of_several(self) -> bool:
+        """Whether the artifact is one of several that are put together: one writer's, or one judge's of a panel."""
+        return "_by_" in self.part
+
+    @property
     def _role(self) -> str:
         """The part without what tells it from others of its kind."""
         return self.part.removeprefix(AHEAD).removeprefix(SECOND).partition("_by_")[0]
@@ -197,7 +202,7 @@ class Label:
             return f"{BASELINE}/"
         if self.owner in ("preferences", "replay"):  # Of all models, not of iteration 0.
             return f"{self}/"
-        if self.part.startswith((AHEAD, SECOND, JUDGE_PAIRS)) or "_by_" in self.part:
+        if self.part.startswith((AHEAD, SECOND, JUDGE_PAIRS)) or self.of_several:
             return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 

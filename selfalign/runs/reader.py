@@ -25,7 +25,7 @@ from selfalign.data.tails import tails_of
 from selfalign.data.turns import as_text
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_mean, wilson
-from selfalign.runs.labels import Kind, Label
+from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label, model_after
 
 R = TypeVar(
     "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore
@@ -85,7 +85,7 @@ class Finished:
     Attributes:
         folder: the run folder.
         summary: its summary.json.
-        loss: title and formula of its loss.
+        loss: title and formula of the loss that it begins with.
         provenance: its provenance.json.
         config: its resolved configuration.
         stages: {label: stage}.
@@ -135,10 +135,22 @@ class Finished:
         )
 
     @property
+    def judging(self) -> Row:
+        """The settings of the run's judge, with its class; empty if it judged nothing."""
+        judged = (label for label, stage in self.stages.items() if stage == "judge" and label.is_judged)
+        first = next((label for label in judged if not label.of_several), None)
+        return self.inputs(first).get("judge", {}) if first else {}
+
+    @property
     def judge(self) -> str:
-        """The class of the judge; empty if nothing was judged."""
-        label = next((label for label, stage in self.stages.items() if stage == "judge"), None)
-        return self.inputs(label).get("judge", {}).get("class", "") if label else ""
+        """The class of the judge; empty if it judged nothing."""
+        return self.judging.get("class", "")
+
+    @property
+    def losses(self) -> dict[int, Row]:
+        """{iteration: title and formula of the loss that aligns from it on}, in order."""
+        later = self.summary.get("later_losses", {})
+        return {1: self.loss, **{start: later[str(start)] for start in sorted(map(int, later))}}
 
     @property
     def iterations(self) -> list[int]:
@@ -159,11 +171,16 @@ class Finished:
         return self.manifest(label).get("inputs", {})
 
     def iteration_rows(self) -> list[Row]:
-        """Return the counts of each iteration, named `<part>/<name>`."""
-        parts = ("instructions", "responses", "judgements", "pairs")
+        """Return the counts of each iteration, named `<part>/<name>`, and those of its model, named `model/<name>`."""
+        parts = ("instructions", "responses", "judgements", "pairs", JUDGE_PAIRS, "replayed_pairs")
+        labels = {n: {part: Label.iteration(n, part) for part in parts} for n in self.iterations}
         return [
             {"iteration": n}
-            | {f"{part}/{k}": v for part in parts for k, v in self.counts.get(Label.iteration(n, part), {}).items()}
+            | {
+                f"{part}/{name}": value
+                for part, label in {**labels[n], "model": Label.model(model_after(n))}.items()
+                for name, value in self.counts.get(label, {}).items()
+            }
             for n in self.iterations
         ]
 

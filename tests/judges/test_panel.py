@@ -11,11 +11,14 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import JudgementStatus, ResponseScore
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.implicit import ImplicitReward
+from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.panel import Panel, disagreements
+from selfalign.judges.protocol import only_compares
 from selfalign.store.artifacts import Artifact
 
 RUBRIC = "{instruction} {response} Score:"
 ONE = ExpectedScore(prompt=RUBRIC)
+COMPARING = Pairwise(prompt="{instruction} {first} {second}")
 
 
 def panel(**settings: Any) -> Panel:
@@ -94,6 +97,16 @@ def test_stage_stops_if_too_many_responses_have_no_score_of_every_judge(tmp_path
     }
     with pytest.raises(SelfalignError, match="2 of 2 judgements carry no score"):
         run_judge(tmp_path, panel(), None, instructions=place, responses=place, members=parts)
+
+
+def test_votes_and_comparisons_score_no_single_answer() -> None:
+    """Of one answer alone, the share of comparisons that it wins is a half whatever it says."""
+    assert panel().scores({"a": {"x": 5.0}, "b": {"x": 0.0}}) == {"x": 0.5}
+    assert only_compares(panel())
+    assert not only_compares(panel(combine="mean"))
+    assert only_compares(Panel(members={"a": ONE, "b": COMPARING}, combine="mean"))
+    assert only_compares(COMPARING)
+    assert not only_compares(ONE)
 
 
 @pytest.mark.parametrize(
