@@ -178,6 +178,9 @@ LISTED = "Some bees:\n- one. Or two.\n* three\n2. four\nb) five\n-six\n- \n\nThe
         ("Wait... what?!\nA wrapped\nline.", "sentences", 3),
         ("a\n\n \n\n***\n\nb", "paragraphs", 2),
         ("1. a\n   - b", "list_items", 2),
+        ("a\r\n\r\nb\n\u00a0\nc", "paragraphs", 3),
+        ("यह चाय है। यह गरम है।", "sentences", 2),
+        ("هل هذا شاي؟ نعم.", "sentences", 2),
     ],
 )
 def test_counts(text: str, kind: str, count: int) -> None:
@@ -196,6 +199,15 @@ def test_counts(text: str, kind: str, count: int) -> None:
         ("tea, Tea and teas", {"kind": "contains", "phrases": ["tea"], "at_least": 3}, False),
         ("熱い茶です", {"kind": "contains", "phrases": ["茶"]}, True),
         ("Two\nlines here", {"kind": "contains", "phrases": ["two lines"]}, True),
+        ("Not _tea_ but **hot** `water`", {"kind": "contains", "phrases": ["tea", "hot water"]}, True),
+        ("He doesn’t", {"kind": "contains", "phrases": ["doesn't"]}, True),
+        ("He doesn’t", {"kind": "excludes", "phrases": ["doesn't"]}, False),
+        ("Drink _tea_ **all** day", {"kind": "excludes", "phrases": ["tea all day"]}, False),
+        ("Drink t\u00ade\u200ba", {"kind": "excludes", "phrases": ["tea"]}, False),
+        ("Drink *tea*", {"kind": "excludes", "phrases": ["*"]}, False),
+        ("the tea_pot, `the_tea`", {"kind": "excludes", "phrases": ["tea", "pot"]}, True),
+        ("call __init__ or _f", {"kind": "contains", "phrases": ["__init__", "_f"]}, True),
+        ("That’s all", {"kind": "ends_with", "text": "that's all"}, True),
         ("No commas here", {"kind": "excludes", "phrases": [","]}, True),
         ("One, two", {"kind": "excludes", "phrases": [","]}, False),
         ("The cathedral", {"kind": "excludes", "phrases": ["cat"]}, True),
@@ -223,6 +235,11 @@ def test_counts(text: str, kind: str, count: int) -> None:
         ("Это чай, и он очень горячий, OK?", {"kind": "script", "scripts": ["CYRILLIC"]}, True),
         ("これは茶です", {"kind": "script", "scripts": ["HIRAGANA", "KATAKANA", "CJK"]}, True),
         ("123", {"kind": "script", "scripts": ["LATIN"]}, False),
+        ("サーバーエラー", {"kind": "script", "scripts": ["KATAKANA"]}, True),
+        ("ｻｰﾊﾞｰ", {"kind": "script", "scripts": ["KATAKANA"]}, True),
+        ("らーめん", {"kind": "script", "scripts": ["HIRAGANA"]}, True),
+        ("人々", {"kind": "script", "scripts": ["CJK"]}, True),
+        ("Ｔｅａ", {"kind": "script", "scripts": ["LATIN"]}, True),
     ],
 )
 def test_constraint_is_kept_or_not(text: str, constraint: dict[str, Any], right: bool) -> None:

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from itertools import islice
 
-from selfalign.data.text_parts import SENTENCE_END
+from selfalign.data.text_parts import SENTENCE_END, typed
 from selfalign.data.turns import compared
 
 EDGES = " \t\n\"'“”‘’«»*_`()[]{}<>"
@@ -142,4 +142,4 @@ def _value(text: str) -> Fraction | None:
 
 def bare(text: str) -> str:
     """Return a text in small letters, with single spaces, without what stands around it."""
-    return " ".join(plain(compared(text)).casefold().split()).strip(ENDS)
+    return " ".join(plain(compared(typed(text))).casefold().split()).strip(ENDS)

@@ -7,6 +7,7 @@ Nothing here depends on a model, a seed or the machine.
 import json
 import math
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -340,6 +341,8 @@ class Json(Check):
 class Script(Check):
     """Nine in ten letters are of the scripts: a plain check of the language.
 
+    Wide and narrow letters are those of their scripts, and marks such as ー and 々, which several share, do not count.
+
     Attributes:
         scripts: the first words of the letters' names in Unicode, such as LATIN, CYRILLIC or CJK.
     """
@@ -352,7 +355,7 @@ class Script(Check):
             raise SelfalignError(f"scripts must be some of {', '.join(SCRIPTS)}; got {self.scripts}")
 
     def fault(self, answer: Answer) -> str:
-        letters = scripts_of(answer.text)
+        letters = scripts_of(c for c in unicodedata.normalize("NFKC", answer.text) if unicodedata.category(c) != "Lm")
         wanted = sum(letters[script] for script in self.scripts)
         return (
             "" if letters and wanted >= SCRIPT_SHARE * letters.total() else f"it is not in {' or '.join(self.scripts)}"
