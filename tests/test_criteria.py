@@ -42,6 +42,8 @@ def criteria_in(folder: Path, **fields: object) -> list[Criterion]:
 
 WEIGHED = [Criterion(text="It is warm.", weight=3.0), Criterion(text="It rambles.", weight=-5.0)]
 
+WEIGHED_ROW = {"text": "It is warm.", "weight": 3}
+
 
 @pytest.mark.parametrize(
     ("name", "text", "weight"),
@@ -55,6 +57,15 @@ def test_criteria_are_read_by_the_names_that_data_give_them(tmp_path: Path, name
 def test_criterion_without_a_weight_weighs_one(tmp_path: Path) -> None:
     given = ["It is warm.", {"criterion": "It rambles."}]
     assert criteria_in(tmp_path, criteria=given) == [Criterion(text="It is warm."), Criterion(text="It rambles.")]
+
+
+def test_number_beside_a_criterion_without_a_weight_is_refused(tmp_path: Path) -> None:
+    """It would count as 1, whatever its sign."""
+    with pytest.raises(SelfalignError, match=r"rows\.jsonl:1: criteria\[0\]: no weight .* in wieght: call it"):
+        criteria_in(tmp_path, criteria=[{"text": "It rambles.", "wieght": -5}])
+    told = [{"text": "It is warm.", "id": 7, "index": 0, "required": True}]
+    assert criteria_in(tmp_path, criteria=told) == [Criterion(text="It is warm.")]
+    assert criteria_in(tmp_path, criteria=[{**WEIGHED_ROW, "difficulty": 4}]) == WEIGHED[:1]
 
 
 @pytest.mark.parametrize("nothing", [{}, {"criteria": []}, {"criteria": None}])

@@ -169,6 +169,22 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
             raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
         check_name(name)
         benchmark.check(f"benchmark.{name}")
+        if isinstance(benchmark, JudgeTest):
+            _check_tested_judge(f"benchmark.{name}.judge", benchmark.judge or config.judge)
+
+
+def _check_tested_judge(key: str, judge: Any) -> None:
+    """Check that the judge of a benchmark of judges needs nothing but an instruction and its responses."""
+    needed = "the judgements of its members" if isinstance(judge, Panel) else ""
+    if criteria_of(judge) is not None:
+        needed = "criteria of every instruction"
+    if verifies(judge):
+        needed = "instructions that say what is right"
+    if needed:
+        raise SelfalignError(
+            f"{key}: the judge {type(judge).__name__} needs {needed}, which a benchmark of judges has not: measure "
+            f"another one with judge@{key}=OPTION, or leave the benchmark out"
+        )
 
 
 def _check_judge(config: ExperimentConfig) -> None:

@@ -2,8 +2,9 @@
 
 import re
 from fractions import Fraction
+from itertools import islice
 
-from selfalign.data.text_parts import SENTENCE_END
+from selfalign.data.text_parts import SENTENCE_END, typed
 from selfalign.data.turns import compared
 
 EDGES = " \t\n\"'“”‘’«»*_`()[]{}<>"
@@ -12,20 +13,50 @@ EDGES = " \t\n\"'“”‘’«»*_`()[]{}<>"
 ENDS = f"{EDGES}.,;:!?…。！？"
 """The same with punctuation."""
 
-STATED = re.compile(r"(?:\banswer\s*(?:is|:|=)|^[ \t]*####)[\s:]*", re.IGNORECASE | re.MULTILINE)
+STATED = re.compile(
+    r"(?:\banswer\s*(?:is(?P<no>n['’]t)?(?![a-z])|:|=)|^[ \t]*####)[\s:]*", re.IGNORECASE | re.MULTILINE
+)
 """An answer that is stated: "the answer is 4", "Answer: 4", "#### 4"."""
 
 BRACES = re.compile(r"\\boxed\s*\{|[{}]")
-NEGATED = re.compile(r"not\b", re.IGNORECASE)
+NEGATED = re.compile(r"(?:not|never)\b", re.IGNORECASE)
 MARKUP = re.compile(r"(?<!\w)[*`$]+|[*`$]+(?!\w)|\\[()\[\]]")
-FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+FRACTION = re.compile(r"\\[dt]?frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 NUMBER = re.compile(
-    r"(?<![\w.])[-+−]?(?:\d(?:[\d.,]*\d)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?(?:[ ]?/[ ]?\d+(?![\d.,]*\d))?"
+    r"(?<![\w.^])(?<!\^\{)[-+−–]?"
+    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f'’]\d{3})+(?:\.\d+)?(?!\d)|\d(?:[\d.,]*\d)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d)|[ ]\d{1,9}/\d+(?![\d.,]*\d))?(?:[ ]?/[ ]?\d+(?![\d.,]*\d))?"
 )
+"""A number, or what looks like one: 1,234.5, -3, 3/4, 1 1/2, 1e3. An exponent is none."""
+
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+MIXED = re.compile(r"([-+]?)(\d+) (\d+)")
+GROUPED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f'’](?=\d{3})")
+"""What parts the thousands of a number besides the comma."""
+
+FUNCTION = re.compile(r"(?:√|\\(?:sqrt(?:\[\d+\])?|log|ln|exp|sin|cos|tan|[dt]?frac(?:\{.*\})?)[\s{]*)\Z", re.DOTALL)
+r"""What stands before a number that is an argument of something else: \sqrt{2}, \frac{\pi}{2}."""
+
+FACTOR = re.compile(r"\s*(?:[\^√π⁰¹²³⁴-⁹]|\\(?:sqrt|pi)(?![a-z])|(?:hundred|thousand|[mbtr]+illion)\b)", re.IGNORECASE)
+"""What stands behind a number that is part of a larger one: 2^10, 2π, 2√3, 5 million."""
+
+NEAR = 60
+"""The number of characters before a number that tell of what it is an argument."""
+
 LONGEST_NUMBER = 100
-LETTER = re.compile(r"\W*?(?:(?:option|choice)\s+)?\(?(?P<letter>[A-Za-z])(?:[).:,]|\s+[-–—]|\s*$)", re.IGNORECASE)
+MOST_PERIODS = 8
+"""Periods inside one answer that are read as such at most, as in J. R. R. Tolkien."""
+
+LETTER = re.compile(
+    r"\W*?(?:(?:option|choice)\s+)?\(?(?P<letter>[A-Za-z])(?:[).:,，、。]|\s+[-–—]|\s*$)"
+    r"(?!,?\s*(?:(?:and|or|&)\s+)?\(?[A-Za-z]\)?\s*(?:$|[,.;&/]|(?:and|or)\b))",
+    re.IGNORECASE,
+)
+"""A letter as options have it, but not the first of several: A, B and C."""
+
+NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F) if chr(wide) != "，"} | {0x066B: ".", 0x066C: ","}
+"""{wide form of a character in East Asian texts, or Arabic sign in a number: the common one}."""
 
 
 def stated(text: str) -> list[str]:
@@ -34,12 +65,25 @@ def stated(text: str) -> list[str]:
     A statement is what follows "answer is", "answer:" or "####", up to the end of its sentence. One that begins with
     "not" says nothing.
     """
+    return [readings[0] for readings in statements(text)]
+
+
+def statements(text: str) -> list[list[str]]:
+    """Return the same, each with its readings: it ends with its first sentence, or with a later one of its line.
+
+    The period of "St. Louis" or "J. K. Rowling" ends none.
+    """
     if boxes := boxed(text):
-        return [plain(box) for box in boxes]
+        return [[plain(box)] for box in boxes]
     text = plain(text)
-    said = [SENTENCE_END.split(text[found.end() :].partition("\n")[0])[0] for found in STATED.finditer(text)]
-    affirmed = [one for one in said if not NEGATED.match(one)]
-    return affirmed or [""] * bool(said)
+    found = [*STATED.finditer(text)]
+    said = [text[one.end() :].partition("\n")[0] for one in found if not one["no"]]
+    affirmed = [
+        [line[: end.start()] for end in islice(SENTENCE_END.finditer(line), MOST_PERIODS)] + [line]
+        for line in said
+        if not NEGATED.match(line)
+    ]
+    return affirmed or [[""]] * bool(found)
 
 
 def boxed(text: str) -> list[str]:
@@ -55,22 +99,47 @@ def boxed(text: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    r"""Return a text without marks of Markdown and LaTeX: **4**, $4$, \text{4}, \frac{1}{2}."""
-    return MARKUP.sub("", WRAPPED.sub(r"\1", FRACTION.sub(r"\1/\2", text)))
+    r"""Return a text without marks of Markdown and LaTeX, and without wide characters: **4**, $4$, \text{4}, ４.
+
+    Fractions are 1/2 for \frac{1}{2}, and 3 1/2 for 3\frac{1}{2}.
+    """
+    return MARKUP.sub("", WRAPPED.sub(r"\1", FRACTION.sub(_fraction, text.translate(NARROW))))
+
+
+def _fraction(found: re.Match[str]) -> str:
+    top, digit, bottom, other = found.groups()
+    is_mixed = found.string[found.start() - 1 : found.start()].isdecimal()
+    return f"{' ' * is_mixed}{top or digit}/{bottom or other}"
 
 
 def numbers(text: str) -> list[Fraction | None]:
-    """Return the numbers in a text: 1,234.5, -3, 3/4, 1e3. One that cannot be read, such as 1,5 or 1.2.3, is None."""
-    return [_value(found[0]) for found in NUMBER.finditer(text)]
+    """Return the numbers in a text: 1,234.5, -3, 3/4, 1 1/2, 1e3.
+
+    One that cannot be read, such as 1,5, 1 234 or 1.2.3, is None, and so is one that is part of something else, as in
+    2^10, 2π and 5 million.
+    """
+    return [
+        None
+        if FACTOR.match(text, found.end()) or FUNCTION.search(text[max(0, found.start() - NEAR) : found.start()])
+        else _value(found[0])
+        for found in NUMBER.finditer(text)
+    ]
 
 
 def _value(text: str) -> Fraction | None:
-    top, _, bottom = text.replace("−", "-").replace(" ", "").partition("/")
-    if len(text) > LONGEST_NUMBER or not PLAIN_NUMBER.fullmatch(top) or (bottom and not int(bottom)):
+    text = GROUPED.sub("", text.replace("−", "-").replace("–", "-"))
+    top, _, bottom = text.replace(" /", "/").replace("/ ", "/").partition("/")
+    if len(text) > LONGEST_NUMBER or (bottom and not int(bottom)):
+        return None
+    if mixed := MIXED.fullmatch(top):
+        sign, whole, part = mixed.groups()
+        value = int(whole) + Fraction(int(part), int(bottom or 1))
+        return (-value if sign == "-" else value) if int(part) < int(bottom or 1) else None
+    if not PLAIN_NUMBER.fullmatch(top):
         return None
     return Fraction(top.replace(",", "")) / int(bottom or 1)
 
 
 def bare(text: str) -> str:
     """Return a text in small letters, with single spaces, without what stands around it."""
-    return " ".join(plain(compared(text)).casefold().split()).strip(ENDS)
+    return " ".join(plain(compared(typed(text))).casefold().split()).strip(ENDS)

@@ -7,12 +7,13 @@ Nothing here depends on a model, a seed or the machine.
 import json
 import math
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from selfalign.core.errors import SelfalignError
-from selfalign.data.answers import LETTER, bare, numbers, plain, stated
+from selfalign.data.answers import LETTER, bare, numbers, plain, stated, statements
 from selfalign.data.rows import is_blank, shown
 from selfalign.data.text_filters import pieces_of, scripts_of
 from selfalign.data.text_parts import BLANK_LINE, has_word, is_item, items, occurrences, phrase_pattern, sentences
@@ -81,11 +82,13 @@ class Exact(Check):
         return [self.value] if isinstance(self.value, str) else self.value
 
     def fault(self, answer: Answer) -> str:
-        found = stated(answer.whole_words) or ([] if answer.cut else [answer.text])
-        said = {bare(text) for text in found}
+        right = {bare(text) for text in self.values}
+        found = statements(answer.whole_words) or ([] if answer.cut else [[answer.text]])
+        readings = [[bare(text) for text in one] for one in found]
+        said = {next((reading for reading in one if reading in right), one[0]) for one in readings}
         if len(said) != 1:
             return "no answer before it was cut" if not said else "several different answers"
-        return "" if said <= {bare(text) for text in self.values} else f"another answer than {self.values[0]!r}"
+        return "" if said <= right else f"another answer than {self.values[0]!r}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,6 +341,8 @@ class Json(Check):
 class Script(Check):
     """Nine in ten letters are of the scripts: a plain check of the language.
 
+    Wide and narrow letters are those of their scripts, and marks such as ー and 々, which several share, do not count.
+
     Attributes:
         scripts: the first words of the letters' names in Unicode, such as LATIN, CYRILLIC or CJK.
     """
@@ -350,7 +355,7 @@ class Script(Check):
             raise SelfalignError(f"scripts must be some of {', '.join(SCRIPTS)}; got {self.scripts}")
 
     def fault(self, answer: Answer) -> str:
-        letters = scripts_of(answer.text)
+        letters = scripts_of(c for c in unicodedata.normalize("NFKC", answer.text) if unicodedata.category(c) != "Lm")
         wanted = sum(letters[script] for script in self.scripts)
         return (
             "" if letters and wanted >= SCRIPT_SHARE * letters.total() else f"it is not in {' or '.join(self.scripts)}"

@@ -1,5 +1,6 @@
 """The criteria of an instruction in a row of given data."""
 
+import re
 from typing import Any
 
 from msgspec import UNSET
@@ -39,7 +40,15 @@ def _criterion(row: Row, place: str, item: Any) -> Criterion:
         row.refuse(f"{place}: expected a text or an object, got {shown(item)}")
     part = Row(f"{row.where}: {place}", item)
     weight = part.number(*WEIGHTS)
+    if weight is None and (others := [name for name, value in item.items() if _may_weigh(name, value)]):
+        part.refuse(f"no {' or '.join(WEIGHTS)}, but a number in {others[0]}: call it weight, or leave it out")
     try:
         return Criterion(text=part.one_text(TEXTS).strip(), weight=1.0 if weight is None else float(weight))
     except ValueError:
         part.refuse(f"expected a text in {' or '.join(TEXTS)} and a weight other than 0; found {part.found()}")
+
+
+def _may_weigh(name: str, value: Any) -> bool:
+    """Whether a field may be meant as the weight: it has a number, and does not count or name the criteria."""
+    counts = re.search(r"id$|index|number|^n$", name.casefold())
+    return isinstance(value, int | float) and not isinstance(value, bool) and name not in WEIGHTS and not counts

@@ -5,20 +5,36 @@ import unicodedata
 
 from selfalign.data.text_filters import MARKER, UNSPACED
 
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]*_]*(?=\s|$)|[。！？]+")
+SENTENCE_END = re.compile(r"[.!?…।॥؟۔։]+[\"'”’»)\]*_]*(?=\s|$)|[。！？]+")
 ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e|[A-Z])\.$", re.IGNORECASE)
 """End of a text that ends no sentence: a title, "e.g.", an initial. It has fewer than eight characters."""
 
-BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
+BLANK_LINE = re.compile(r"\n\s*\n\s*")
+
+EMPHASIS = re.compile(r"(?<!\w)[*_`~]+(?=\w)|(?<=[^\W_])[*_`~]+(?!\w)")
+"""Marks of Markdown around words."""
+
+TYPED = (
+    dict.fromkeys(map(ord, "’‘ʼ＇"), "'")
+    | dict.fromkeys(map(ord, "“”„＂"), '"')
+    | dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
+)
+"""{curly quote: the one on a keyboard}; characters that cannot be seen are left out."""
 
 
 def occurrences(phrase: str, text: str) -> int:
-    """Return how often a phrase occurs as whole words, in any case."""
-    return len(re.findall(phrase_pattern(_folded(phrase)), _folded(text)))
+    """Return how often a phrase occurs as whole words, in any case, with or without marks of Markdown in it."""
+    pattern, folded = phrase_pattern(_folded(phrase)), _folded(text)
+    return max(len(re.findall(pattern, form)) for form in (folded, EMPHASIS.sub("", folded)))
+
+
+def typed(text: str) -> str:
+    """Return a text with the quotes of a keyboard, and without characters that cannot be seen."""
+    return text.translate(TYPED)
 
 
 def _folded(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return " ".join(unicodedata.normalize("NFC", typed(text)).casefold().split())
 
 
 def phrase_pattern(phrase: str) -> str:

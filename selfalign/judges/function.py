@@ -3,7 +3,8 @@
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -140,5 +141,5 @@ class FunctionScore:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether a value holds others, each by itself."""
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | dict)
+    """Whether a value holds others, each by itself and in an order of its own; a set has none."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | AbstractSet)

@@ -125,6 +125,24 @@ def compared(folder: Path, benchmark: Kind, rows: list[Any], policy: PolicyCheck
         return measure(folder, made, policy)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["judge=rubric"], "criteria of every instruction"),
+        (["judge=panel", "+judge@judge.members.a=contrastive", "+judge@judge.members.b=expected_score"], "its members"),
+        (["judge@benchmark.judge_bench.judge=verifier"], "say what is right"),
+        (["judge=rubric", "judge@benchmark.judge_bench.judge=expected_score"], ""),
+    ],
+)
+def test_judge_that_needs_more_than_responses_is_refused(overrides: list[str], needed: str) -> None:
+    measured = ["benchmark=[judge_bench]", "benchmark.judge_bench.questions=q.jsonl", "data.seed_data.eft_source=none"]
+    if not needed:
+        composed("experiment=smoke", *measured, *overrides)
+        return
+    with pytest.raises(SelfalignError, match=rf"^benchmark\.judge_bench\.judge: .*{needed}.* judge@benchmark"):
+        composed("experiment=smoke", *measured, *overrides)
+
+
 # --- RewardBench 2 -----------------------------------------------------------------------------------------------
 
 FOUR = [

@@ -93,6 +93,7 @@ def test_too_many_failures_stop_the_run_and_show_reasons(tmp_path: Path) -> None
         ("None", "a score for each of 5 responses, got None"),
         ("'12345'", "a score for each of 5 responses, got '12345'"),
         ("{one.response.id: 1 for one in batch}", "a score for each of 5 responses, got an object"),
+        ("{float(n) for n, one in enumerate(batch)}", "a score for each of 5 responses, got"),
         ("[1, 2, float('nan'), 4, 5]", "expected a finite number for response bees-3.*got nan"),
         ("[1, 2, 3, 10**400, 5]", "expected a finite number for response tea-1"),
         ("[True] * 5", "expected a finite number for response bees-1.*got True"),
