@@ -25,6 +25,7 @@ from selfalign.metrics.catalog import METRICS
 from selfalign.report import write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
 from selfalign.report.html import decimals, percent, telling_apart
+from selfalign.report.model_card import last_loss, metadata
 from selfalign.report.sentences import verdict, warnings, what_was_run
 from selfalign.runs.reader import Candidate, Finished, best_first, read_samples, with_winner
 
@@ -444,6 +445,7 @@ def test_paragraph_says_how_the_loss_weighs_and_sums(tmp_path: Path) -> None:
     assert "(β = 0.1, λ = 0.3, reduction mean, lambda_scale derived; reference" in said
     run = begin(tmp_path / "list", loss={"beta": 0.1, "lam": [0.0, 0.5]})
     run.model("M2", "align")
+    run.model("M3", "align")
     assert "(β = 0.1, λ = 0, 0.5; reference" in re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
 
 
@@ -475,6 +477,23 @@ def test_paragraph_names_other_writers_their_pairs_and_what_changes(tmp_path: Pa
         "current model gave answers (1 by a model), which nobody judged; the first by the demonstrations was paired "
         "with the first by the current model. From iteration 2 on, other settings held for loss, judge."
     ) in re.sub(r"</?b>", "", what_was_run(run))
+
+
+def test_each_model_is_said_to_be_made_by_the_loss_of_its_iteration(tmp_path: Path) -> None:
+    changes = {"2": {"loss": {"beta": 2.0, "gamma": 1.0}}, "3": {"judge": {}}}
+    losses = {"loss": {"beta": 0.1, "lam": [0.2, 0.4, 0.6, 0.8]}, "at": changes}
+    made = begin(tmp_path / "run", iterations=3, **losses)
+    for label in ("M2", "M3", "M4"):
+        made.model(label, "align")
+    summary = read_json(made.finish() / "summary.json")
+    write_json(made.folder / "summary.json", summary | {"losses": {"2": {"title": "SimPO", "formula": "−log σ(m)"}}})
+    run = Finished.load(made.folder)
+    assert (
+        "Sr-DPO (β = 0.1, λ = 0.2; reference: the previous model) made M2. "
+        "SimPO (β = 2; reference: the previous model) made M3, M4."
+    ) in re.sub(r"</?b>", "", what_was_run(run))
+    assert metadata(run).tags == ["selfalign", "simpo", "lora"]
+    assert last_loss(run)["formula"] == "−log σ(m)"
 
 
 @pytest.mark.parametrize(

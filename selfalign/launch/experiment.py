@@ -192,6 +192,8 @@ def conclude(
         more: further entries of the summary.
     """
     described = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
+    if losses := {start: stated(changed["loss"]) for start, changed in config.at.items() if "loss" in changed}:
+        described["losses"] = losses
     summary = {**described, **more, **summarise(ledger.artifacts, models)}
     write_json(ledger.folder / "summary.json", summary)
     ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})

@@ -100,6 +100,11 @@ def last_model(run: Finished) -> Label:
     return Label.parse(run.models[-1]["model"])
 
 
+def last_loss(run: Finished) -> dict[str, Any]:
+    """Return title and formula of the loss that made the last model."""
+    return run.loss_from(run.loss_start(run.models[-1]["iteration"]))[0]
+
+
 def base_on_hub(run: Finished) -> tuple[str, str]:
     """Return hub id and commit of M0 if its weights lie in the hub's cache, and empty texts otherwise."""
     snapshot = (run.folder / "artifacts/M0/weights").resolve()
@@ -134,7 +139,7 @@ def metadata(run: Finished) -> "ModelCardData":
         datasets=list(dict.fromkeys(hub_data)) or None,
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
-        tags=["selfalign", run.loss["title"].lower(), *(["lora"] if lora else [])],
+        tags=["selfalign", last_loss(run)["title"].lower(), *(["lora"] if lora else [])],
         model_name=title_of(run) if measured else None,
         eval_results=measured or None,
         **stated_licence(run),
@@ -203,18 +208,22 @@ def method(run: Finished) -> str:
     given = "given pairs" if "path" in config["data"] else "the model's own pairs (arXiv 2401.10020)"
     facts = [f"Method: {given}, {plural(config['iterations'], 'iteration')}"]
     loss = run.inputs(label).get("loss") or {"class": config["choices"]["loss"]}
-    facts.append(f"Loss of a pair: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}")
-    if "h" in run.loss["formula"]:
+    stated, of = last_loss(run), f" ({label})" if config.get("at") else ""
+    facts.append(f"Loss of a pair{of}: {stated['title']}, {code(stated['formula'])}; {settings(loss)}")
+    if "h" in stated["formula"]:
         facts.append(
             "Here, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
             "tokens; ⊥ stops the gradient"
         )
-    if "h" in run.loss["formula"] or "π_ref" in run.loss["formula"]:
+    if "h" in stated["formula"] or "π_ref" in stated["formula"]:
         facts.append(f"Reference policy π_ref: {WHO[config['train']['reference_policy']]}")
     judge = next((run.inputs(name)["judge"] for name, stage in run.stages.items() if stage == "judge"), None)
     if system := config["model"].get("system_prompt"):
         facts.append(f"System prompt, before conversations without a system turn: {code(system)}")
     facts.append(f"Judge: {settings(judge)}" if judge else "Judge: none, nothing was judged")
+    for start in sorted(n for n, changes in config.get("at", {}).items() if "judge" in changes):
+        changed = run.inputs(Label.iteration(int(start), "judgements")).get("judge", {})
+        facts.append(f"Judge from iteration {start} on: {settings(changed)}")
     if rule := run.inputs(Label.iteration(config["iterations"], "pairs")).get("rule"):
         facts.append(f"Pair rule: {settings(rule)}")
     for name, part in (("Fine-tuning (SFT)", "sft"), ("Alignment", "align")):

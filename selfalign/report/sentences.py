@@ -154,16 +154,26 @@ def _changes(run: Finished) -> list[str]:
 
 
 def _loss_sentence(run: Finished) -> str:
-    labels = [Label.model(row["model"]) for row in run.models if row["iteration"]]
-    if not labels:
-        return ""
-    models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
+    """Return which loss made which models."""
+    made: dict[str, list[int]] = {}
+    for row in run.models:
+        if row["iteration"]:
+            made.setdefault(run.loss_start(row["iteration"]), []).append(row["iteration"])
+    return " ".join(_made_by(run, start, iterations) for start, iterations in made.items())
+
+
+def _made_by(run: Finished, start: str, iterations: list[int]) -> str:
+    """Return the sentence on the loss that has held from an iteration on, which made the models of iterations."""
+    labels = [Label.model(row["model"]) for row in run.models if row["iteration"] in iterations]
+    models, (stated, loss) = strong(", ".join(map(str, labels))), run.loss_from(start)
     if run.stages[labels[0]] == "sft":
         return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
-    settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
+    lam = loss.get("lam")
+    own = {**loss, "lam": [lam[n - 1] for n in iterations]} if isinstance(lam, list) else loss
+    settings = [f"{sign} = {_numbers(own[key])}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in own]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "lambda_scale") if key in loss]
     against = WHO[run.config["train"]["reference_policy"]]
-    return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
+    return f"{strong(stated['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
 
 
 def _numbers(value: float | list[float]) -> str:

@@ -85,7 +85,7 @@ class Finished:
     Attributes:
         folder: the run folder.
         summary: its summary.json.
-        loss: title and formula of its loss.
+        loss: title and formula of its loss, that of the first iteration.
         provenance: its provenance.json.
         config: its resolved configuration.
         stages: {label: stage}.
@@ -144,6 +144,19 @@ class Finished:
     def iterations(self) -> list[int]:
         """The iterations that generated training data."""
         return iterations_of(self.counts)
+
+    def loss_start(self, iteration: int) -> str:
+        """Return since which iteration, as `config.at` has it, the loss of an iteration has held; "" is the first."""
+        starts = [
+            int(n) for n, changes in self.config.get("at", {}).items() if "loss" in changes and int(n) <= iteration
+        ]
+        return str(max(starts)) if starts else ""
+
+    def loss_from(self, start: str) -> tuple[Row, Row]:
+        """Return title and formula of the loss that has held from an iteration on, and its settings."""
+        if not start:
+            return self.loss, self.config["loss"]
+        return self.summary.get("losses", {}).get(start, self.loss), self.config["at"][start]["loss"]
 
     def records(self, label: Label, kind: type[R]) -> Iterator[R]:
         """Yield the records of an artifact; none if it has no such file."""
