@@ -22,13 +22,13 @@ from selfalign.judges.comparator import ComparatorSettings
 from selfalign.judges.criteria import CriteriaSource, criteria_of
 from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import OWN_MODELS, Rubric, asks_a_policy, asks_a_server, head_of, other_scale, verifies
-from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
+from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, aligns, is_unpaired, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
 from selfalign.stages.instruct import DEMONSTRATIONS
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, WrittenScore
-from selfalign.stages.pair import PositivesOnly
+from selfalign.stages.pair import Labels, PositivesOnly
 from selfalign.stages.respond import DEMONSTRATION, NEXT
 from selfalign.stages.seed_data import AssistantTurns, EFTSource, TeachableJudge
 from selfalign.training.config import TrainConfig
@@ -92,8 +92,10 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         config.pair.check_iterations(config.iterations)
     if isinstance(config.loss, ScheduledLoss):
         config.loss.check_iterations(config.iterations)
-    if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
+    if isinstance(config.data, SelfRewarding) and aligns(config.loss) == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    if isinstance(config.data, SelfRewarding) and isinstance(config.pair, Labels):
+        _check_labels(config)
     if isinstance(config.data, SelfRewarding):
         config.data.replay.check_iterations(config.iterations)
     if isinstance(config.pair, PairRule) and config.pair.consistency != "none":
@@ -117,6 +119,21 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
             )
 
 
+def _check_labels(config: ExperimentConfig) -> None:
+    """Check that labelled responses are made for a loss that takes them, and joined with no pairs."""
+    if not is_unpaired(config.loss):
+        raise SelfalignError(
+            f"pair=labels labels single responses, but {config.loss.title} compares the two of a pair: choose loss=kto"
+        )
+    joined = {"data.replay.share": config.data.replay.largest_share, "data.meta_judge": config.meta_judge is not None}
+    for key, is_used in joined.items():
+        if is_used:
+            raise SelfalignError(
+                f"{key} puts pairs beside an iteration's own, and pair=labels makes none: leave it out, or choose "
+                "another rule, such as pair=best_worst, whose pairs loss=kto takes as well"
+            )
+
+
 def _check_meta_judge(config: ExperimentConfig) -> None:
     """Check that each iteration with pairs of judgements has a judge that writes several of each response."""
     meta = config.meta_judge
@@ -136,7 +153,7 @@ def _check_meta_judge(config: ExperimentConfig) -> None:
                 f"{key}.num_samples={judge.num_samples}, but data.meta_judge compares "
                 f"{max(3, meta.judgements)} judgements of a response or more: raise it"
             )
-        if not own.loss.pairwise or own.loss.offset in (Offset.score_gap, Offset.win_shares):
+        if not aligns(own.loss) or own.loss.offset in (Offset.score_gap, Offset.win_shares):
             raise SelfalignError(
                 f"data.meta_judge: the loss {own.loss.title} cannot be trained on pairs of judgements, which have no "
                 "scores: choose loss=dpo, for example"
@@ -257,13 +274,14 @@ def check_counts(config: ExperimentConfig) -> None:
         SelfalignError: a count is out of range; the message names both keys.
     """
     data, held_out = config.data, config.train.validation_pairs
+    sides = 2 if is_unpaired(config.loss) else 1
     if isinstance(data, Pairs):
         if data.count and held_out >= data.count:
             raise SelfalignError(
                 f"train.validation_pairs={held_out} of data.count={data.count} pairs leaves none to train on: lower it "
                 f"below {data.count}, or raise data.count"
             )
-        check_checkpoints(config.train, data.count - held_out)
+        check_checkpoints(config.train, sides * data.count - held_out)
         return
     _check_seeds(data)
     _check_writers(config, data)
@@ -281,9 +299,11 @@ def check_counts(config: ExperimentConfig) -> None:
                 "leaves none to train on: lower it or raise data.instruct.count"
             )
         most += data.instruct.count if data.meta_judge is not None else 0
-        check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
+        most *= sides
     elif rule.minimum_examples > (most := data.instruct.count * data.respond.most_candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
+    if aligns(config.loss):
+        check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
 
 
 def check_effects(config: ExperimentConfig) -> None:
@@ -317,7 +337,7 @@ def check_effects(config: ExperimentConfig) -> None:
             f"train.align.batch_size=1 leaves the loss {config.loss.title} nothing to normalise Δ with, which it does "
             "over the pairs of a step: raise train.align.batch_size; train.align.microbatch_tokens limits memory"
         )
-    if not config.loss.pairwise:
+    if not aligns(config.loss):
         unused = {
             "train.validation_pairs": (train.validation_pairs, 0),
             "train.checkpoint_selection.interval_steps": (train.checkpoint_selection.interval_steps, 0),
@@ -403,7 +423,7 @@ def _judges(config: ExperimentConfig) -> dict[str, Any]:
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield (regular expression of keys, why setting them or keys below has no effect)."""
     data, train, asked = config.data, config.train, config.evaluate
-    if not config.loss.pairwise:
+    if not aligns(config.loss):
         read = "dtype|max_length|microbatch_tokens"  # For log-probabilities of held-out pairs.
         unread = rf"train\.align(?!\.({read})$)" if asked.preference_pairs.source else r"train\.align"
         yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes with train.sft and aligns nothing"
@@ -558,15 +578,19 @@ def _check_writers(config: ExperimentConfig, data: SelfRewarding) -> None:
                 "data.respond.writers=[next,self]: the next model is made of pairs in which M_t writes in its place, "
                 "so the other writer must be another one, such as sft"
             )
-    if NEXT in writers and not config.loss.pairwise:
-        raise SelfalignError("data.respond.writers: next needs a loss that aligns on pairs; loss=positives does not")
+    if NEXT in writers and not isinstance(rule, PairRule):
+        raise SelfalignError(
+            "data.respond.writers: next needs a loss that aligns on pairs, and a rule that makes them; loss=positives "
+            "and pair=labels do not"
+        )
 
 
 def _check_candidates(config: ExperimentConfig, data: SelfRewarding) -> None:
     """Check that there are enough candidates for pairs and comparisons."""
     candidates, rule = data.respond.most_candidates, config.pair
-    needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) else 1
-    why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "a pair"
+    of_mean = isinstance(rule, Labels) and rule.threshold is None
+    needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) or of_mean else 1
+    why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "pair.threshold=null" if of_mean else "a pair"
     if isinstance(config.judge, Pairwise) and needed < 2:
         needed, why = 2, "judge=pairwise"
     if candidates < needed:
@@ -589,6 +613,11 @@ def _check_scores(config: ExperimentConfig) -> None:
         return
     if isinstance(rule, PositivesOnly) and rule.minimum_score > high:
         raise SelfalignError(f"pair.minimum_score={rule.minimum_score} is above judge.max_score={high}: lower it")
+    if isinstance(rule, Labels) and rule.threshold is not None and not low < rule.threshold <= high:
+        raise SelfalignError(
+            f"pair.threshold={rule.threshold} gives all responses the same label, because scores go from "
+            f"judge.min_score={low} to judge.max_score={high}: set it above the one and at most the other, or null"
+        )
     if config.loss.offset is Offset.win_shares and (low, high) != (0, 1):
         raise SelfalignError(
             f"the loss {config.loss.title} reads scores as shares of wins, from 0 to 1, but they go from "
@@ -604,9 +633,8 @@ def _check_scores(config: ExperimentConfig) -> None:
 
 def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> None:
     """Check that generated training texts leave room for a prompt in the longest training sequence."""
-    pairwise = config.loss.pairwise
-    stage = "train.align" if pairwise else "train.sft"
-    limit = (config.train.align if pairwise else config.train.sft).max_length
+    stage, training = ("train.align", config.train.align) if aligns(config.loss) else ("train.sft", config.train.sft)
+    limit = training.max_length
     written = [("data.respond.sampling", data.respond.sampling, stage, limit)]
     if isinstance(judge := config.judge, SampledScore):
         if data.seed_data.eft_source.by_baseline:

@@ -19,7 +19,7 @@ from selfalign.data.mixtures import identify_source, parts_of
 from selfalign.engines.resident import workers_may_stay
 from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved, warn_of_settings
 from selfalign.launch.sweep import JOBS, Sweep
-from selfalign.losses.protocol import Loss
+from selfalign.losses.protocol import Loss, aligns
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import GIVEN, Evaluation
@@ -111,7 +111,7 @@ class FinishedRun:
             named: whether their names begin with the run's.
         """
         loss, reference = config.loss, config.train.reference_policy
-        if not loss.pairwise:
+        if not aligns(loss):
             reference = "base" if loss.init == "base" else "previous"
         seeds = self.made.get(Label.input("seeds"))
         known = {"loss": loss, "seed_data": [seeds] if seeds else []}

@@ -28,6 +28,7 @@ from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
+from selfalign.losses.protocol import aligns
 from selfalign.models import quantization
 from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import ModelConfig
@@ -348,7 +349,7 @@ def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
 def trainings(config: ExperimentConfig, labels: list[Label]) -> list[tuple[str, Optimization]]:
     """Return the remaining trainings as (setting, optimization)."""
     tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
-    later = aligned if config.loss.pairwise else tuned
+    later = aligned if aligns(config.loss) else tuned
     found = {key: settings for key, settings in ((later if label.is_aligned else tuned) for label in trained(labels))}
     return list(found.items())
 

@@ -136,6 +136,9 @@ def _named(model: str) -> str:
 def _rule(run: Finished) -> str:
     """Return how pairs or positives were made."""
     pair, rule = run.config["pair"], run.config.get("choices", {}).get("pair", "BestWorst")
+    if "threshold" in pair:
+        at = "the mean of its instruction" if pair["threshold"] is None else f"{pair['threshold']:g}"
+        return f"responses above {at} were labelled desirable, and those below it undesirable"
     if "minimum_score" in pair:
         return f"responses with a score of {pair['minimum_score']:g} or more were kept"
     if "chosen_from" in pair:
