@@ -103,6 +103,28 @@ OUT_OF_REACH = {
         "pair=positives loss=positives pair.minimum_score=6",
         "pair.minimum_score=6.0 is above judge.max_score=5: lower it",
     ),
+    "one response to compare with the mean": (
+        "pair=labels loss=kto data.respond.candidates=1",
+        "data.respond.candidates=1, but pair.threshold=null needs 2 responses to an instruction: raise it to 2 or more",
+    ),
+    "more labels than candidates": (
+        "pair=labels loss=kto pair.minimum_examples=25",
+        f"pair.minimum_examples=25, but {LOOP} gives 24 at most",
+    ),
+    "a threshold that no response is below": (
+        "pair=labels loss=kto pair.threshold=0",
+        "pair.threshold=0.0 gives all responses the same label, because scores go from judge.min_score=0 to "
+        "judge.max_score=5: set it above the one and at most the other, or null",
+    ),
+    "labels for a loss of pairs": (
+        "pair=labels loss=dpo",
+        "pair=labels labels single responses, but DPO compares the two of a pair: choose loss=kto",
+    ),
+    "pairs beside labels": (
+        "pair=labels loss=kto data.replay.source=shipped:ranked data.replay.share=0.5",
+        "data.replay.share puts pairs beside an iteration's own, and pair=labels makes none: leave it out, or choose "
+        "another rule, such as pair=best_worst, whose pairs loss=kto takes as well",
+    ),
     "a margin as wide as the scale": (
         "pair.minimum_margin=5",
         "pair.minimum_margin=5.0, but scores from judge.min_score=0 to judge.max_score=5 differ by 5 at most: lower it",

@@ -164,6 +164,7 @@ def check_kto(module: Any, _: Any) -> None:
     loss = module.KTO(beta=BETA, desirable_weight=2.0, undesirable_weight=1.5)
     result = loss(policy.chosen, reference.chosen, torch.tensor([True, False]), 0.5)
     expect(result, [0.9500416, 0.6019685])
+    assert result.requires_grad, "the loss has no gradient"
     result.sum().backward()
     expect(policy.chosen.grad, [-0.0997504, 0.0720782])
 

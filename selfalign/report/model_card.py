@@ -203,7 +203,9 @@ def method(run: Finished) -> str:
     given = "given pairs" if "path" in config["data"] else "the model's own pairs (arXiv 2401.10020)"
     facts = [f"Method: {given}, {plural(config['iterations'], 'iteration')}"]
     loss = run.inputs(label).get("loss") or {"class": config["choices"]["loss"]}
-    facts.append(f"Loss of a pair: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}")
+    facts.append(
+        f"Loss of a {run.loss.get('of', 'pair')}: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}"
+    )
     if "h" in run.loss["formula"]:
         facts.append(
             "Here, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "

@@ -163,7 +163,8 @@ def _loss_sentence(run: Finished) -> str:
     models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
     if run.stages[labels[0]] == "sft":
         return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
-    settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
+    signs = {"beta": "β", "lam": "λ", "desirable_weight": "λ_D", "undesirable_weight": "λ_U"}
+    settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in signs.items() if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "lambda_scale") if key in loss]
     against = WHO[run.config["train"]["reference_policy"]]
     return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
