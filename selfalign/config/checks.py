@@ -16,6 +16,7 @@ from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import all_judges_of, judges_of
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import ComparatorSettings
@@ -253,14 +254,11 @@ def _check_given_criteria(config: ExperimentConfig) -> None:
     """Check that a judge that takes the criteria of the data judges nothing but instructions from data."""
     lacking = {"evaluate.preference_pairs.judge": "pairs have no criteria"}
     if isinstance(data := config.data, SelfRewarding) and not data.instruct.source:
-        lacking["judge"] = "instructions that a model writes have none: set data.instruct.source"
-    judged = [
-        (place, criteria_of(member), why)
-        for key, why in lacking.items()
-        for place, member in judges_in(key, _judges(config)[key]).items()
-    ]
-    for key, criteria, why in judged:
-        if criteria is not None and criteria.source == CriteriaSource.given:
+        written = "instructions that a model writes have none: set data.instruct.source"
+        lacking |= dict.fromkeys(["judge", *(f"at.{start}.judge" for start in config.at)], written)
+    for key, judge in judges_of(config).items():
+        criteria, why = criteria_of(judge), lacking.get(key.partition(".members.")[0])
+        if why and criteria is not None and criteria.source == CriteriaSource.given:
             raise SelfalignError(
                 f"{key}.criteria.source=given takes the criteria of the data, but {why}; or set "
                 f"{key}.criteria.source=written"
@@ -371,7 +369,7 @@ def other_scales(config: ExperimentConfig) -> list[str]:
     A judge that writes is then often out of range. One whose probabilities are read looks as if nothing were wrong.
     """
     lines: list[str] = []
-    for key, judge in _judges(config).items():
+    for key, judge in all_judges_of(config).items():
         if isinstance(judge, Grader):
             ends, advice = (LOW, HIGH), f"Let {key}.prompt ask for such a rating"
         elif isinstance(judge, Rubric):
@@ -390,7 +388,7 @@ def other_forms(config: ExperimentConfig) -> list[str]:
     A judge that writes then mostly has no verdict. One whose probabilities are read looks as if nothing were wrong.
     """
     lines: list[str] = []
-    for key, judge in _judges(config).items():
+    for key, judge in all_judges_of(config).items():
         forms: list[str] = []
         if isinstance(judge, ComparatorSettings):
             forms = [*judge.forms]
@@ -405,19 +403,6 @@ def other_forms(config: ExperimentConfig) -> list[str]:
                 f"{key}.prompt does not ask for {' or '.join(absent)}, and nothing else is read as the verdict"
             )
     return lines
-
-
-def _judges(config: ExperimentConfig) -> dict[str, Any]:
-    """Return {setting: judge or comparator}; None where there is none."""
-    asked = config.evaluate
-    return {
-        "judge": config.judge,
-        "data.meta_judge": config.meta_judge,
-        "evaluate.head_to_head": asked.head_to_head,
-        "evaluate.preference_pairs.judge": asked.preference_pairs.judge,
-        "train.checkpoint_selection.head_to_head": config.train.checkpoint_selection.head_to_head,
-        **{f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()},
-    }
 
 
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
@@ -478,7 +463,7 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     if refinement is not None and refinement.augmentation() is None:
         why = f"loss.refinement.source={refinement.source} puts no prompt before x"
         yield r"loss\.refinement\.(prompt|place|scale)", why
-    for key, comparator in _judges(config).items():
+    for key, comparator in all_judges_of(config).items():
         served = asks_a_server(comparator)
         if isinstance(comparator, ComparatorSettings):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"

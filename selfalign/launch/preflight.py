@@ -18,6 +18,7 @@ from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import judges_of
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
@@ -35,7 +36,6 @@ from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import searches
 from selfalign.pipeline.loop import plan
-from selfalign.pipeline.models import judges_of
 from selfalign.runs.labels import Kind, Label
 from selfalign.tracking.wandb import Wandb, environment_mode, has_key
 from selfalign.training.config import Optimization

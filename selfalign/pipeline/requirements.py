@@ -8,6 +8,7 @@ from selfalign.benchmarks.arena_hard import ArenaHard
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import judges_of
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
@@ -27,7 +28,6 @@ from selfalign.models.chat_template import QUESTION, markers_of, render_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import RunInputs
-from selfalign.pipeline.models import judges_of
 from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import encode_demonstration
 from selfalign.store.artifacts import Artifact
