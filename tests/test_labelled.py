@@ -72,14 +72,14 @@ def test_response_to_another_prompt_is_cut_to_fit_and_the_labelled_one_never(tin
         "long", "Why?", "Because of this and that and all the rest of it, as everybody knows by now, it seems."
     )
     [whole, other] = encoded(tiny_tokenizer, [asked, long])[0]
-    limit = len(other.plain.prompt) + len(other.plain.responses[0])
+    limit = max(len(one.plain.prompt) + len(one.plain.responses[0]) for one in (whole, other))
     examples, tally = encoded(tiny_tokenizer, [asked, long], limit)
     short = examples[0].plain
     assert short.prompt == whole.plain.prompt
     assert short.responses[0] == whole.plain.responses[0]
     assert short.responses[1] == whole.plain.responses[1][: limit - len(short.prompt)]
     assert len(short.responses[1]) < len(whole.plain.responses[1])
-    assert max(example.longest() for example in examples) == limit
+    assert short.longest() == limit
     assert (tally["labelled"], tally["cut"]) == (2, 0)
 
 

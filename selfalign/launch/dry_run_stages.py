@@ -42,6 +42,7 @@ from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline.requirements import judge_prompt, max_judgement_tokens
 from selfalign.runs.labels import Label
 from selfalign.stages.align import align
+from selfalign.stages.distorted_instructions import DistortionConfig, distorted_instructions
 from selfalign.stages.head_to_head import head_to_head
 from selfalign.stages.instruct import InstructConfig, instruct
 from selfalign.stages.judge import Judge
@@ -112,6 +113,7 @@ class StageEstimator:
             sft: self._sft,
             align: self._align,
             instruct: self._instruct,
+            distorted_instructions: self._distorted_instructions,
             respond: self._respond,
             write_criteria: self._write_criteria,
             judge_stage: self._judge,
@@ -258,6 +260,23 @@ class StageEstimator:
         given = self._write(instructions=unique, responses=[subject.response for subject in subjects])
         shared = {"instructions": given, "responses": given, "engine": max_length_generation(engine), "judge": judge}
         measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
+        self._add_batches(label, measured, measured.batches_of(count / few))
+
+    def _distorted_instructions(
+        self, label: str, *, config: DistortionConfig, seeds: Artifact, engine: Any, **others: Any
+    ) -> None:
+        count = records_in(seeds, "demonstrations")
+        count, written = min(count, config.count or count), config.sampling.longest
+        few = self._few(count, self.longest.prompt_tokens(written) + written, engine)
+        room = self.longest.context - written - SHORTEST_PROMPT
+        [text] = self.longest.fitting(config.ask, [self.longest.prompt_tokens(written)], room)
+        asked = [
+            Demonstration(id=f"d{n}", prompt=as_prompt(distinct(text, n)), response="Yes.", source="ift")
+            for n in range(few)
+        ]
+        given = {"config": config, "seeds": self._write(demonstrations=asked), "held_out": []}
+        given |= {"engine": max_length_generation(engine), "policy": others["policy"], "seed": others["seed"]}
+        measured, _ = self._measure(label, distorted_instructions, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
 
     def _write_criteria(
