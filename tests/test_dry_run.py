@@ -170,7 +170,7 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"pairs") - held_out', '"pairs")'),
+        ("unpaired=unpaired) - held_out", "unpaired=unpaired)"),
         ("optimization.epochs * an_epoch, ", "an_epoch, "),
         ("steps = optimization.epochs * ", "steps = "),
     ],

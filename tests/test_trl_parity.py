@@ -1,6 +1,8 @@
 """The same pairs, model and reference values through TRL's DPOTrainer and KTOTrainer, and through ours."""
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from mutation import assert_caught
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
@@ -18,6 +21,7 @@ from selfalign.losses.protocol import Offset, PreferenceLoss
 from selfalign.models.batches import PairExample, SharedPrompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import make_scoring
+from selfalign.training import unpaired
 from selfalign.training.objective import frozen_logps
 from selfalign.training.parallelism import Microbatch
 from selfalign.training.reference import StoredReferences
@@ -189,3 +193,22 @@ def test_kto_equals_that_of_trl(tiny_policy: PolicyCheckpoint, tmp_path: Path, s
     objective.begin_step(ours.model, [Microbatch(examples[:2]), Microbatch(examples[2:])], 0.0)
     total = sum(float(objective(ours.model, part).loss.detach()) for part in (examples[:1], examples[1:]))
     assert total / len(rows) == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shift"),
+    [
+        ("max(0.0, self.divergence)", "self.divergence", 40.0),
+        ("max(0.0, self.divergence)", "0.0", 0.0),
+        ("slice(1, 2)", "slice(0, 1)", 0.0),
+        ("policy - reference.rejected", "policy - reference.chosen", 0.0),
+        ("float(len(examples)))\n        self.div", "1.0)\n        self.div", 0.0),
+    ],
+    ids=["z below 0", "no z", "z of own responses", "z against the wrong reference", "z summed over the step"],
+)
+def test_wrong_estimates_of_the_divergence_are_caught(
+    old: str, new: str, shift: float, tiny_policy: PolicyCheckpoint, tmp_path: Path
+) -> None:
+    check = partial(test_kto_equals_that_of_trl, shift=shift)
+    given = {"tiny_policy": tiny_policy, "tmp_path": tmp_path}
+    assert_caught(unpaired, sys.modules[__name__], old, new, check, given)

@@ -172,7 +172,7 @@ def test_rewards_are_correlated_with_length_over_both_responses(tmp_path: Path, 
     assert counts["rewards/length_correlation"] == pytest.approx(stats.pearsonr(rewards, tokens).statistic, abs=1e-3)
 
 
-START = "start = self.start(policy.model, part.examples) if self.start else None"
+START = "start = self.start(model, examples) if self.start else None"
 CHANGES = partial(test_changes_are_from_the_start_of_the_alignment_whatever_the_reference_is, older=True)
 
 
