@@ -3,7 +3,6 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
 
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import PreferencePair
@@ -23,7 +22,7 @@ from selfalign.training.dataset import store_examples
 from selfalign.training.preference import encode_preferences, open_objective
 from selfalign.training.splits import hold_out
 from selfalign.training.train import train
-from selfalign.training.unpaired import examples_in
+from selfalign.training.unpaired import examples_in, label_counts
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def align(
         checkpoints=checkpoints,
     )
     counts: Counts = {
-        **(_labels(training) if unpaired else {catalog.PAIRS.name: len(training)}),
+        **(label_counts(training) if unpaired else {catalog.PAIRS.name: len(training)}),
         catalog.PROMPTS_CUT.name: examples.counts.get("cut", 0),
         catalog.PROMPTS_CUT_BEHIND_P.name: examples.counts.get("cut_behind_p", 0),
         **fault_counts(examples.counts),
@@ -113,9 +112,3 @@ def align(
         counts |= {catalog.HELD_OUT_PAIRS.name: len(held), catalog.HELD_OUT_PASSED_OVER.name: split.passed_over}
         counts |= {f"{catalog.HELD_OUT}{name}": value for name, value in numbers.items()}
     return counts
-
-
-def _labels(examples: Iterable[PairExample]) -> Counts:
-    """Return the numbers of labelled responses and of desirable ones among them."""
-    labels = [bool(example.desirable) for example in examples]
-    return {catalog.LABELLED.name: len(labels), catalog.DESIRABLE.name: sum(labels)}

@@ -1,6 +1,6 @@
 """The objective of an unpaired loss: labelled responses against the policy's distance z₀ from its reference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -32,6 +32,12 @@ def examples_in(pairs: Artifact, *, unpaired: bool) -> int:
     """Return how many examples an artifact has or will have at most: pairs or, for an unpaired loss, responses."""
     count = records_in(pairs, "pairs")
     return records_in(pairs, LABELLED) + 2 * count if unpaired else count
+
+
+def label_counts(examples: Iterable[PairExample]) -> dict[str, int]:
+    """Return the numbers of labelled responses and of desirable ones among them."""
+    labels = [bool(example.desirable) for example in examples]
+    return {catalog.LABELLED.name: len(labels), catalog.DESIRABLE.name: sum(labels)}
 
 
 @dataclass(slots=True)
