@@ -21,7 +21,15 @@ from selfalign.config.components import fault_of
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.launch.worst_case import MaxLengthTransformers
-from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, RefinedLoss
+from selfalign.losses.protocol import (
+    FineTuningLoss,
+    Loss,
+    Offset,
+    PreferenceLoss,
+    RefinedLoss,
+    aligns,
+    is_unpaired,
+)
 
 PACKAGE = ROOT / "selfalign"
 HYDRA = {"config.hydra", "config.overrides", "launch.hydra_sweep", "cli.main"}
@@ -149,7 +157,8 @@ def test_loss_declares_what_others_ask_of_it(kind: type) -> None:
     assert loss.title
     assert loss.formula
     assert isinstance(loss.offset, Offset)
-    assert loss.pairwise == isinstance(loss, PreferenceLoss)
+    assert loss.pairwise == (isinstance(loss, PreferenceLoss) and not is_unpaired(loss))
+    assert aligns(loss) == (not isinstance(loss, FineTuningLoss))
     assert (loss.offset is Offset.refinement) == isinstance(loss, RefinedLoss)
 
 
@@ -223,6 +232,7 @@ NEEDED = {
     "loss/positives": ["pair=positives"],
     "loss/sppo": ["judge=pairwise", "judge.max_score=1"],
     "pair/positives": ["loss=positives"],
+    "pair/labels": ["loss=kto"],
     "judge/implicit": ["data.seed_data.eft_source=none"],
     "judge/reward_model": ["judge.model=owner/name", "data.seed_data.eft_source=none"],
     "judge/rubric": ["data.seed_data.eft_source=none"],

@@ -171,10 +171,10 @@ MISTAKEN = {
     "key of two components": ("epochs=3", "no epochs; did you mean train.sft.epochs or train.align.epochs?"),
     "group": ("judgee=additive", "no judgee; did you mean judge?"),
     "key of no group": ("critic=large", "no critic; a configuration has at, benchmark, data, "),
-    "option": ("loss=dpoo", "no loss=dpoo; did you mean loss=dpo? There are: alpha_dpo, dpo, ipo, odpo, positives, "
-               "simpo, sppo, sr_dpo, sr_ipo"),
+    "option": ("loss=dpoo", "no loss=dpoo; did you mean loss=dpo? There are: alpha_dpo, dpo, ipo, kto, odpo, "
+               "positives, simpo, sppo, sr_dpo, sr_ipo"),
     "option unlike any": ("pair=xyz", "no pair=xyz; there are: all_ordered, best_vs_k, best_worst, by_writer, "
-                                      "positives, random"),
+                                      "labels, positives, random"),
     "option of a list": ("benchmark=[mtbench]", "no benchmark=mtbench; did you mean benchmark=mt_bench? There are: "),
     "option of a group elsewhere": ("judge@evaluate.preference_pairs.judge=externa", "no judge=externa; did you mean "
                                     "judge=external? There are: "),

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from builders import ROOT, composed, floors
+from builders import ROOT, composed, floors, planned
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -150,6 +150,24 @@ def test_command_composes(words: list[str], tmp_path: Path, monkeypatch: pytest.
         (tmp_path / file).write_text(text)
     for job in jobs_of(words):
         compose_experiment(conf_folder(), [OWN_FILES.get(one, one) for one in job], EXAMPLES / "selfalign_example/conf")
+
+
+def recipes() -> list[list[str]]:
+    """The commands of docs/recipes.md."""
+    [page] = [page for page in PAGES if page.name == "recipes.md"]
+    return [words for words in shell_lines(page) if words[0] == "selfalign" and "=" in "".join(words)]
+
+
+@pytest.mark.parametrize("words", recipes(), ids=" ".join)
+def test_every_recipe_on_the_command_line_is_planned_from_an_empty_folder(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to its last model, without reading or making anything."""
+    monkeypatch.chdir(tmp_path)
+    [job] = jobs_of(words)
+    config = compose_experiment(conf_folder(), job)[0]
+    assert f"M{config.iterations + 1}" in planned(config)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

@@ -30,6 +30,7 @@ from chat_server import chat_server
 from mutation import mutated
 from team import launch
 from test_architecture import modules
+from test_eft_runs import SETTINGS, SYNTHETIC, write_data
 from warm import Command
 
 from selfalign.core.errors import SelfalignError
@@ -50,7 +51,6 @@ from selfalign.pipeline import loop
 from selfalign.pipeline.requirements import judge_prompt
 from selfalign.runs.labels import Label
 from selfalign.stages.benchmark import benchmark
-from selfalign.stages.distorted_instructions import distorted_instructions
 from selfalign.stages.sft import group_demonstrations
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
@@ -115,6 +115,20 @@ def test_every_stage_with_a_model_is_estimated_and_takes_as_many_batches_or_step
     assert all(one.seconds > 0 and one.peak > 1 << 20 for one in estimates.values())
 
 
+def test_stages_of_synthetic_evaluation_fine_tuning_take_as_many_batches_at_most(
+    tmp_path: Path, batches: Counter[Path]
+) -> None:
+    """Among them the one that distorts instructions, in several batches."""
+    told = [*SETTINGS, *write_data(tmp_path / "data"), *SYNTHETIC, "engine.max_batch_tokens=600"]
+    estimates = estimated(tmp_path / "dry", *told)
+    batches.clear()
+    folder = run(tmp_path / "run", *told)
+    for label in ("eft/instructions", "eft/responses", "eft/judgements"):
+        made = batches[(folder / "artifacts" / label).resolve()]
+        assert 1 < made <= estimates[label].count, label
+        assert estimates[label].seconds > 0
+
+
 GIVEN_PAIRS = ["data=pairs", "iterations=1", "train.validation_pairs=1", "train.align.epochs=2", "evaluate=none"]
 STEPS = {"M1": 9, "M2": 4}
 """Three epochs of 8 IFT and 3 EFT groups, 4 a step; two epochs of 3 pairs but for the one held out, 1 a step."""
@@ -156,7 +170,7 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"pairs") - held_out', '"pairs")'),
+        ("unpaired=unpaired) - held_out", "unpaired=unpaired)"),
         ("optimization.epochs * an_epoch, ", "an_epoch, "),
         ("steps = optimization.epochs * ", "steps = "),
     ],
@@ -236,10 +250,7 @@ def test_stages_with_a_model_declare_their_sizes_and_most_are_measured(tmp_path:
     with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).all_ranks}
     assert len(with_models) == 12
     assert all(declared(one).size for one in with_models)
-    assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {
-        benchmark,
-        distorted_instructions,
-    }
+    assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {benchmark}
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,13 @@ WRITTEN = [
 ]  # fmt: skip
 
 
+SYNTHETIC = [
+    *WRITTEN, "data.seed_data.eft_source=synthetic", "data.seed_data.ranked=''",
+    "data.distortion.sampling.max_new_tokens=24", "data.distortion.answer_sampling.max_new_tokens=24",
+    "data.distortion.sampling.temperature=1", "data.distortion.answer_sampling.temperature=1",
+]  # fmt: skip
+
+
 def write_data(folder: Path) -> list[str]:
     """Seeds whose demonstrations teach the form of a judgement with scores at random; returns what names them.
 
@@ -107,10 +114,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """EFT written by the baseline about its own worse answers; nobody has ranked any."""
-    lengths = ["data.distortion.sampling.max_new_tokens=24", "data.distortion.answer_sampling.max_new_tokens=24"]
-    chance = ["data.distortion.sampling.temperature=1", "data.distortion.answer_sampling.temperature=1"]
-    of_nobody = ["data.seed_data.eft_source=synthetic", "data.seed_data.ranked=''"]
-    return made(tmp_path_factory.mktemp("synthetic"), *WRITTEN, *of_nobody, *lengths, *chance)
+    return made(tmp_path_factory.mktemp("synthetic"), *SYNTHETIC)
 
 
 def test_baseline_that_nobody_has_ranked_answers_for_teaches_judging(synthetic: Study) -> None:

@@ -11,7 +11,7 @@ import pytest
 from builders import TINY_RUN, Said, composed, policy_artifact, records_artifact, write_tiny_data
 from omegaconf import OmegaConf
 
-from selfalign.config.checks import other_forms, without_effect
+from selfalign.config.checks import other_forms, other_scales, without_effect
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
 from selfalign.launch.hydra_sweep import sweep_folder
@@ -102,6 +102,28 @@ OUT_OF_REACH = {
     "a perfect score above the scale": (
         "pair=positives loss=positives pair.minimum_score=6",
         "pair.minimum_score=6.0 is above judge.max_score=5: lower it",
+    ),
+    "one response to compare with the mean": (
+        "pair=labels loss=kto data.respond.candidates=1",
+        "data.respond.candidates=1, but pair.threshold=null needs 2 responses to an instruction: raise it to 2 or more",
+    ),
+    "more labels than candidates": (
+        "pair=labels loss=kto pair.minimum_examples=25",
+        f"pair.minimum_examples=25, but {LOOP} gives 24 at most",
+    ),
+    "a threshold that no response is below": (
+        "pair=labels loss=kto pair.threshold=0",
+        "pair.threshold=0.0 gives all responses the same label, because scores go from judge.min_score=0 to "
+        "judge.max_score=5: set it above the one and at most the other, or null",
+    ),
+    "labels for a loss of pairs": (
+        "pair=labels loss=dpo",
+        "pair=labels labels single responses, but DPO compares the two of a pair: choose loss=kto",
+    ),
+    "pairs beside labels": (
+        "pair=labels loss=kto data.replay.source=shipped:ranked data.replay.share=0.5",
+        "data.replay.share puts pairs beside an iteration's own, and pair=labels makes none: leave it out, or choose "
+        "another rule, such as pair=best_worst, whose pairs loss=kto takes as well",
     ),
     "a margin as wide as the scale": (
         "pair.minimum_margin=5",
@@ -432,6 +454,40 @@ def test_prompt_that_asks_for_another_form_than_is_read_is_told(tmp_path: Path, 
     assert [line.partition(" ")[0] for line in lines] == [f"{key}.prompt"] * bool(told)
     assert all(told in line for line in lines)
     assert other_forms(composed(SMOKE, "benchmark=[mt_bench]", "judge=pairwise")[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen"),
+    [
+        (
+            "judge.members.short",
+            [
+                "judge=panel",
+                "+judge@judge.members.short=expected_score",
+                "+judge@judge.members.other=implicit",
+                "data.seed_data.eft_source=none",
+            ],
+        ),
+        ("at.2.judge", ["+judge@at.2.judge=expected_score"]),
+    ],
+    ids=["panel", "iteration"],
+)
+def test_judges_of_a_panel_and_of_an_iteration_are_warned_of_too(tmp_path: Path, key: str, chosen: list[str]) -> None:
+    """Another form, another scale, and settings that a server leaves unread."""
+    (file := tmp_path / "prompt.txt").write_text("{instruction} {response} Rate from 1 to 10.", encoding="utf-8")
+    config, _, _ = composed(SMOKE, *chosen, f"{key}.prompt=file:{file}")
+    assert [line.partition(" ")[0] for line in other_forms(config)] == [f"{key}.prompt"]
+    assert [line.partition(",")[0] for line in other_scales(config)] == [f"{key}.prompt says 'Rate from 1 to 10'"]
+    rubric = [one.replace(f"{key}=expected_score", f"{key}=rubric") for one in chosen]
+    written = [SMOKE, *rubric, "data.instruct.source=tasks.jsonl", f"{key}.criteria.source=given"]
+    unread = f"{key}.criteria.count=3"
+    assert without_effect(composed(*written, unread)[0], [unread]) == [
+        f"{unread} has no effect: {key}.criteria.source=given writes none"
+    ]
+    with pytest.raises(
+        SelfalignError, match=rf"{re.escape(key)}\.criteria\.source=given takes the criteria of the data"
+    ):
+        composed(SMOKE, *rubric, f"{key}.criteria.source=given")
 
 
 @pytest.mark.parametrize("case", SCALES)

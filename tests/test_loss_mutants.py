@@ -30,6 +30,9 @@ ALPHA_DELTA = 'return refinement(*reduced(policy_p, reference_p, "mean"), self.b
 SPPO_SHARES = "chosen, rejected = ((required(win_shares) - 0.5) / self.beta).unbind(1)"
 SPPO_CHOSEN = "losses = (policy.chosen - reference.chosen - chosen).square()"
 SPPO_REJECTED = "losses = losses + (policy.rejected - reference.rejected - rejected).square()"
+KTO_GAIN = "gain = self.beta * (policy - reference - baseline)"
+KTO_DESIRABLE = "self.desirable_weight * torch.sigmoid(-gain)"
+KTO_UNDESIRABLE = "self.undesirable_weight * torch.sigmoid(gain)"
 EACH = "smoothing = self.label_smoothing if label_smoothing is None else label_smoothing\n"
 DPO_EACH = f"{EACH}        {DPO}"
 SR_DPO_EACH = f"{EACH}        {SR_DPO}"
@@ -85,6 +88,18 @@ LOSSES = [
     ("odpo without α", ODPO_OFFSET, ODPO_OFFSET.replace("self.alpha * ", "")),
     ("odpo without the logarithm", ODPO_OFFSET, ODPO_OFFSET.replace(".log()", "")),
     ("odpo with the offset under β", ODPO, ODPO.replace("offset", "self.beta * offset")),
+    ("kto without the reference", KTO_GAIN, KTO_GAIN.replace("- reference ", "")),
+    ("kto without z₀", KTO_GAIN, KTO_GAIN.replace(" - baseline", "")),
+    ("kto with z₀ added", KTO_GAIN, KTO_GAIN.replace("- baseline", "+ baseline")),
+    ("kto with z₀ in units of reward", KTO_GAIN, KTO_GAIN.replace(" - baseline)", ") - baseline")),
+    ("kto without β", KTO_GAIN, KTO_GAIN.replace("self.beta * ", "")),
+    ("kto without gradient", KTO_GAIN, KTO_GAIN.replace("(policy ", "(policy.detach() ")),
+    ("kto that lowers desirable responses", KTO_DESIRABLE, KTO_DESIRABLE.replace("-gain", "gain")),
+    ("kto that raises undesirable responses", KTO_UNDESIRABLE, KTO_UNDESIRABLE.replace("gain", "-gain")),
+    ("kto without λ_D", KTO_DESIRABLE, KTO_DESIRABLE.replace("self.desirable_weight * ", "")),
+    ("kto with λ_D for λ_U", KTO_UNDESIRABLE, KTO_UNDESIRABLE.replace("undesirable_weight", "desirable_weight")),
+    ("kto with the labels swapped", "            desirable,\n", "            ~desirable,\n"),
+    ("kto with the logarithm of σ", KTO_DESIRABLE, KTO_DESIRABLE.replace("torch.sigmoid", "-F.logsigmoid")),
     ("ipo with 1/β as target", IPO, IPO.replace("(2 * self.beta)", "self.beta")),
     ("ipo with β/2 as target", IPO, IPO.replace("1 / (2 * self.beta)", "self.beta / 2")),
     ("ipo with a negative target", IPO, IPO.replace("h - 1", "h + 1")),

@@ -157,6 +157,18 @@ def check_sppo(module: Any, _: Any) -> None:
     check_loss(module, loss, [0.3125, 19.0625], [-0.5, -8.0], [-1.0, 3.5], shares)
 
 
+def check_kto(module: Any, _: Any) -> None:
+    # r = 1, desirable, and -1.5, undesirable; z₀ = 0.5. β(r - z₀) = 0.1 and -0.4.
+    # loss = 2 σ(-0.1) and 1.5 σ(-0.4); slopes -2 β σ(0.1) σ(-0.1) and 1.5 β σ(0.4) σ(-0.4).
+    policy, reference = case(module)
+    loss = module.KTO(beta=BETA, desirable_weight=2.0, undesirable_weight=1.5)
+    result = loss(policy.chosen, reference.chosen, torch.tensor([True, False]), 0.5)
+    expect(result, [0.9500416, 0.6019685])
+    assert result.requires_grad, "the loss has no gradient"
+    result.sum().backward()
+    expect(policy.chosen.grad, [-0.0997504, 0.0720782])
+
+
 def check_label_smoothing(module: Any, _: Any) -> None:
     # -(1-ε) log σ(z) - ε log σ(-z) = -log σ(z) + ε z, with slope -σ(-z) + ε.
     # DPO: z = 0.3 and -0.4; 0.554355 + 0.03 and 0.913015 - 0.04; slopes -0.325557 and -0.498688, times β.
@@ -265,6 +277,7 @@ CHECKS: list[Check] = [
     check_simpo,
     check_alpha_dpo,
     check_sppo,
+    check_kto,
     check_label_smoothing,
     check_label_smoothing_of_each_pair,
     check_nll,
@@ -340,6 +353,18 @@ def test_gradients_are_those_of_finite_differences(loss: Any) -> None:
 
     leaves = tuple(side.detach().double().requires_grad_() for side in (given.chosen, given.rejected))
     assert torch.autograd.gradcheck(losses, leaves)
+
+
+def test_gradients_of_kto_are_those_of_finite_differences() -> None:
+    """In float64; a response that is far from the baseline on its own side has nearly none."""
+    loss = preference.KTO(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    reference = torch.tensor([-11.0, -18.5, -9.0, -30.0], dtype=torch.float64)
+    desirable = torch.tensor([True, False, False, True])
+    policy = torch.tensor([-10.0, -20.0, -8.0, -31.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda policy: loss(policy, reference, desirable, 0.8), (policy,))
+    far = (reference + torch.where(desirable, 200.0, -200.0)).requires_grad_()
+    loss(far, reference, desirable, 0.8).sum().backward()
+    assert float(far.grad.abs().max()) < 1e-20
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -653,6 +678,8 @@ def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -
         ("SrDPO", {"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 0.5, got -0.1"),
         ("IPO", {"nll_weight": -1.0}, "nll_weight must be 0 or more and finite, got -1.0"),
         ("SrIPO", {"nll_weight": math.inf}, "nll_weight must be 0 or more and finite, got inf"),
+        ("KTO", {"desirable_weight": 0.0}, "desirable_weight must be above 0 and finite, got 0.0"),
+        ("KTO", {"undesirable_weight": math.inf}, "undesirable_weight must be above 0 and finite, got inf"),
         ("SimPO", {"gamma": -0.5}, "gamma must be 0 or more and finite, got -0.5"),
         ("AlphaDPO", {"alpha": math.inf}, "alpha must be 0 or more and finite, got inf"),
         ("SrDPO", {"lam_warmup": 1.5}, "lam_warmup must be a share of the steps from 0 to 1, got 1.5"),

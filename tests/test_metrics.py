@@ -13,7 +13,13 @@ from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Correlation, Deviation, Mean, Moments, Sums, add_sums, averages
 from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import length_controlled, wilson
-from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
+from selfalign.metrics.rewards import (
+    label_metrics,
+    length_moments,
+    logp_changes,
+    reward_intervals,
+    reward_metrics,
+)
 from selfalign.metrics.summaries import (
     instruction_statistics,
     judgement_statistics,
@@ -176,6 +182,22 @@ def test_moments_come_to_mean_deviation_and_correlation() -> None:
 def test_number_of_no_unit_is_left_out() -> None:
     empty = {"a": Mean(0.0, 0.0), "b": Moments.of([]), "c": Deviation(Moments.of([])), "d": Correlation.between([], [])}
     assert averages(empty) == {}
+
+
+def test_label_metrics_are_means_by_label_and_their_interval_is_welchs() -> None:
+    """Whatever parts they are added up from, also such as have one label alone."""
+    rewards, labels = [1.0, 3.0, -1.0, 0.5, 2.0], [True, True, False, False, True]
+    whole = label_metrics(rewards, labels)
+    parts = add_sums(label_metrics(rewards[:2], labels[:2]), label_metrics(rewards[2:], labels[2:]))
+    for sums in (whole, parts):
+        values = averages(sums)
+        assert values == pytest.approx({"rewards/chosen": 2.0, "rewards/rejected": -0.25, "rewards/margins": 2.25})
+        welch = stats.ttest_ind([1.0, 3.0, 2.0], [-1.0, 0.5], equal_var=False).confidence_interval(0.95)
+        ends = {"rewards/margins_low": welch.low, "rewards/margins_high": welch.high}
+        assert reward_intervals(sums) == pytest.approx(ends)
+    alone = label_metrics([1.0, 2.0], [True, True])
+    assert averages(alone) == {"rewards/chosen": 1.5}
+    assert reward_intervals(alone) == {}
 
 
 def test_reward_intervals_by_hand() -> None:

@@ -32,6 +32,7 @@ from selfalign.training.trainer import StepTrainer
 KINDS = [
     *(Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)),
     Job("live-4", kind="live", rank=4),
+    Job("kto-0", kind="kto"),
     Job("experts-0", kind="sr_dpo", architecture="Mixtral", options=(("router_loss_coefficient", 0.0),)),
     Job("experts-qwen3-0", architecture="Qwen3-MoE", options=(("router_loss_coefficient", 0.0),)),
     Job(
@@ -44,8 +45,8 @@ KINDS = [
     Job("hybrid-0", kind="sr_dpo", architecture="Qwen3.5"),
     Job("low", dtype="bfloat16", options=(("dtype", "bfloat16"), ("gradient_checkpointing", True))),
 ]
-RESUMED = [KINDS[1], KINDS[2]]
-"""Of both kinds, and of both sorts of weights."""
+RESUMED = [KINDS[1], KINDS[2], KINDS[5]]
+"""Of each kind, and of both sorts of weights."""
 
 KILLED = 2
 SPEED = ("tokens_per_second", "step_seconds", "peak_memory_gb")
@@ -158,11 +159,9 @@ def test_router_loss_of_two_processes_is_about_that_of_one(done: Done, alone: Pa
     assert min(found) > 1
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["all_weights", "adapter"])
-def test_two_processes_measure_as_one_does(done: Done, alone: Path, rank: int) -> None:
-    found, expected = (
-        json.loads((folder / f"sr_dpo-{rank}" / "measured.json").read_text()) for folder in (done.folder, alone)
-    )
+@pytest.mark.parametrize("job", ["sr_dpo-0", "sr_dpo-4", "kto-0"], ids=["all_weights", "adapter", "kto"])
+def test_two_processes_measure_as_one_does(done: Done, alone: Path, job: str) -> None:
+    found, expected = (json.loads((folder / job / "measured.json").read_text()) for folder in (done.folder, alone))
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 

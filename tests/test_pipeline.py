@@ -23,6 +23,7 @@ from selfalign.core.records import (
     Demonstration,
     Instruction,
     Judgement,
+    LabelledResponse,
     PairReference,
     PreferencePair,
     Response,
@@ -311,6 +312,7 @@ WAYS = {
                   "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
     "positives_anew": ["loss=positives", "loss.init=base", "pair=positives", "pair.minimum_score=0", "iterations=1",
                        "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
+    "labels": ["loss=kto", "pair=labels", "data.accumulate_pairs=true", "train.validation_pairs=2"],
     "older_reference": ["train.reference_policy=sft", "data.instruct.model=sft", "judge.model=sft",
     "evaluate.judge=base"],
     "base_reference": ["train.reference_policy=base", "iterations=1", "loss=ipo"],
@@ -401,6 +403,24 @@ def check_positives(folder: Path) -> None:
     assert {d.source for d in kept} == {"positive"}
     assert manifest(folder, "M2")["stage"] == "sft"
     assert manifest(folder, "M2")["inputs"]["policy"]["digest"] == manifest(folder, "M1")["digest"]
+
+
+def check_labels(folder: Path) -> None:
+    """Both iterations' labelled responses train M3, but for those beside the two that are held out."""
+    kept = [records(folder, f"iteration_{n}/pairs", "labelled", LabelledResponse) for n in (1, 2)]
+    counts = manifest(folder, "iteration_1/pairs")["counts"]
+    assert counts["labelled"] == len(kept[0])
+    assert counts["desirable"] == sum(one.desirable for one in kept[0])
+    assert records(folder, "iteration_2/all_pairs", "labelled", LabelledResponse) == [*kept[0], *kept[1]]
+    numbers = manifest(folder, "M3")["counts"]
+    left_out = numbers["validation_pairs"] + numbers["dropped"]["beside_held_out"] + numbers["dropped"]["too_long"]
+    assert numbers["labelled"] + left_out == len(kept[0]) + len(kept[1])
+    assert manifest(folder, "iteration_2/reference")["inputs"]["unpaired"] is True
+    page = (folder / "report.html").read_text()
+    assert "✓ desirable" in page
+    assert "were labelled desirable" in page
+    assert "KL to the reference" in page
+    assert "Loss of a response: KTO" in (folder / "model_card.md").read_text()
 
 
 def check_positives_anew(folder: Path) -> None:

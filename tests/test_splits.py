@@ -12,7 +12,7 @@ from builders import artifact, demonstration, preference, records_artifact
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.jsonl import write_records
+from selfalign.core.jsonl import stream_records, write_records
 from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response
 from selfalign.data.pair_rules import AllOrdered, BestVsK, PairRule, pick_pairs
 from selfalign.data.turns import as_prompt
@@ -343,7 +343,7 @@ def test_examples_are_split_by_the_texts_of_their_pairs_and_long_ones_do_not_cou
     fitting = [one for number, one in enumerate(pairs) if number % 5]
     given = records_artifact(tmp_path / "pairs", pairs=pairs)
     examples = stored(tmp_path / "examples", fitting)
-    training, held, made = hold_out(examples, given.path / "pairs.jsonl", 3, [])
+    training, held, made = hold_out(examples, stream_records(given.path / "pairs.jsonl", PreferencePair), 3, [])
     expected = split(fitting, 3)
     assert list(training.ids()) == names(fitting, expected.training)
     assert list(held.ids()) == names(fitting, expected.held_out)
@@ -353,7 +353,7 @@ def test_examples_are_split_by_the_texts_of_their_pairs_and_long_ones_do_not_cou
 
 def test_without_held_out_pairs_all_are_trained_on_and_no_text_is_read(tmp_path: Path) -> None:
     examples = stored(tmp_path / "examples", UNIQUE)
-    training, held, made = hold_out(examples, tmp_path / "nowhere.jsonl", 0, [])
+    training, held, made = hold_out(examples, iter([]), 0, [])
     assert (list(training.ids()), len(held), made) == ([one.id for one in UNIQUE], 0, None)
 
 

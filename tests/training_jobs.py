@@ -17,14 +17,15 @@ from builders import preference
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import PairReference
-from selfalign.losses.preference import DPO, SrDPO
+from selfalign.core.records import LabelledResponse, PairReference
+from selfalign.losses.preference import DPO, KTO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import averages
 from selfalign.models.batches import PairExample, SharedPrompt, encode_group, encode_pairs
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import LoRA
+from selfalign.models.labelled import encode_labelled
 from selfalign.models.tokenizer import Answer
 from selfalign.store.artifacts import StageOutput
 from selfalign.training import trainer as trainer_module
@@ -34,6 +35,7 @@ from selfalign.training.parallelism import Parallelism
 from selfalign.training.preference import Preference
 from selfalign.training.reference import AdapterSwitchedOff, StoredReferences, with_reference
 from selfalign.training.train import train
+from selfalign.training.unpaired import Unpaired
 
 ANSWERS = [
     "Red.",
@@ -134,10 +136,32 @@ def pairs(tokenizer: Any) -> list[PairExample]:
     return [with_reference(example, known, "reference") for example, known in zip(examples, references, strict=True)]
 
 
+def labelled(tokenizer: Any) -> list[PairExample]:
+    """Labelled responses with reference values that are off, so that z₀ is above 0 and every term matters."""
+    records = [
+        LabelledResponse(
+            id=f"l{i}",
+            prompt=[{"role": "user", "content": f"Question {i // 2}?"}],
+            response=answer,
+            desirable=i % 3 != 0,
+        )
+        for i, answer in enumerate(ANSWERS)
+    ]
+    examples = list(encode_labelled(tokenizer, records, 512, Counter()))
+    return [
+        replace(example, reference=[-6.9 * own + 3 * i - 4, -6.9 * other - 2 - i])
+        for i, example in enumerate(examples)
+        for own, other in [example.plain.scored()]
+    ]
+
+
 def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
     """What a job of a kind trains on, and its objective."""
     if kind == "sft":
         return demonstrations(tokenizer), Likelihood("tokens")
+    if kind == "kto":
+        loss = KTO(beta=0.2, desirable_weight=1.5, undesirable_weight=0.75)
+        return labelled(tokenizer), Unpaired(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
     examples = pairs(tokenizer)
     if kind == "live":
         return examples, Preference(DPO(), AdapterSwitchedOff(), starts_as_reference=True, dtype="float32")
@@ -182,7 +206,7 @@ def train_here(job: Job, policy: PolicyCheckpoint) -> None:
             optimization=optimization,
             weights=weights,
         )
-        if isinstance(objective, Preference):
+        if isinstance(objective, Preference | Unpaired):
             measured = averages(objective.measure(trained, examples, optimization))
             (out.path / "measured.json").write_text(json.dumps(measured))
     except Killed:

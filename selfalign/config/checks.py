@@ -16,6 +16,7 @@ from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import all_judges_of, judges_of
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import ComparatorSettings
@@ -31,13 +32,13 @@ from selfalign.judges.protocol import (
     other_scale,
     verifies,
 )
-from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, refinement_of
+from selfalign.losses.protocol import Offset, ScheduledLoss, SmoothedLoss, aligns, is_unpaired, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
 from selfalign.stages.instruct import DEMONSTRATIONS
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, WrittenScore
-from selfalign.stages.pair import PositivesOnly
+from selfalign.stages.pair import Labels, PositivesOnly
 from selfalign.stages.respond import DEMONSTRATION, NEXT
 from selfalign.stages.seed_data import AssistantTurns, EFTSource, TeachableJudge
 from selfalign.training.config import TrainConfig
@@ -102,8 +103,10 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
         config.pair.check_iterations(config.iterations)
     if isinstance(config.loss, ScheduledLoss):
         config.loss.check_iterations(config.iterations)
-    if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
+    if isinstance(config.data, SelfRewarding) and aligns(config.loss) == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
+    if isinstance(config.data, SelfRewarding) and isinstance(config.pair, Labels):
+        _check_labels(config)
     if isinstance(config.data, SelfRewarding):
         config.data.replay.check_iterations(config.iterations)
     if isinstance(config.pair, PairRule) and config.pair.consistency != "none":
@@ -127,6 +130,21 @@ def _check_loss_and_rule(config: ExperimentConfig) -> None:
             )
 
 
+def _check_labels(config: ExperimentConfig) -> None:
+    """Check that labelled responses are made for a loss that takes them, and joined with no pairs."""
+    if not is_unpaired(config.loss):
+        raise SelfalignError(
+            f"pair=labels labels single responses, but {config.loss.title} compares the two of a pair: choose loss=kto"
+        )
+    joined = {"data.replay.share": config.data.replay.largest_share, "data.meta_judge": config.meta_judge is not None}
+    for key, is_used in joined.items():
+        if is_used:
+            raise SelfalignError(
+                f"{key} puts pairs beside an iteration's own, and pair=labels makes none: leave it out, or choose "
+                "another rule, such as pair=best_worst, whose pairs loss=kto takes as well"
+            )
+
+
 def _check_meta_judge(config: ExperimentConfig) -> None:
     """Check that each iteration with pairs of judgements has a judge that writes several of each response."""
     meta = config.meta_judge
@@ -146,7 +164,7 @@ def _check_meta_judge(config: ExperimentConfig) -> None:
                 f"{key}.num_samples={judge.num_samples}, but data.meta_judge compares "
                 f"{max(3, meta.judgements)} judgements of a response or more: raise it"
             )
-        if not own.loss.pairwise or own.loss.offset in (Offset.score_gap, Offset.win_shares):
+        if not aligns(own.loss) or own.loss.offset in (Offset.score_gap, Offset.win_shares):
             raise SelfalignError(
                 f"data.meta_judge: the loss {own.loss.title} cannot be trained on pairs of judgements, which have no "
                 "scores: choose loss=dpo, for example"
@@ -269,14 +287,11 @@ def _check_given_criteria(config: ExperimentConfig) -> None:
     """Check that a judge that takes the criteria of the data judges nothing but instructions from data."""
     lacking = {"evaluate.preference_pairs.judge": "pairs have no criteria"}
     if isinstance(data := config.data, SelfRewarding) and not data.instruct.source:
-        lacking["judge"] = "instructions that a model writes have none: set data.instruct.source"
-    judged = [
-        (place, criteria_of(member), why)
-        for key, why in lacking.items()
-        for place, member in judges_in(key, _judges(config)[key]).items()
-    ]
-    for key, criteria, why in judged:
-        if criteria is not None and criteria.source == CriteriaSource.given:
+        written = "instructions that a model writes have none: set data.instruct.source"
+        lacking |= dict.fromkeys(["judge", *(f"at.{start}.judge" for start in config.at)], written)
+    for key, judge in judges_of(config).items():
+        criteria, why = criteria_of(judge), lacking.get(key.partition(".members.")[0])
+        if why and criteria is not None and criteria.source == CriteriaSource.given:
             raise SelfalignError(
                 f"{key}.criteria.source=given takes the criteria of the data, but {why}; or set "
                 f"{key}.criteria.source=written"
@@ -290,13 +305,14 @@ def check_counts(config: ExperimentConfig) -> None:
         SelfalignError: a count is out of range; the message names both keys.
     """
     data, held_out = config.data, config.train.validation_pairs
+    sides = 2 if is_unpaired(config.loss) else 1
     if isinstance(data, Pairs):
         if data.count and held_out >= data.count:
             raise SelfalignError(
                 f"train.validation_pairs={held_out} of data.count={data.count} pairs leaves none to train on: lower it "
                 f"below {data.count}, or raise data.count"
             )
-        check_checkpoints(config.train, data.count - held_out)
+        check_checkpoints(config.train, sides * data.count - held_out)
         return
     _check_seeds(data)
     _check_writers(config, data)
@@ -314,9 +330,11 @@ def check_counts(config: ExperimentConfig) -> None:
                 "leaves none to train on: lower it or raise data.instruct.count"
             )
         most += data.instruct.count if data.meta_judge is not None else 0
-        check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
+        most *= sides
     elif rule.minimum_examples > (most := data.instruct.count * data.respond.most_candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
+    if aligns(config.loss):
+        check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
 
 
 def check_effects(config: ExperimentConfig) -> None:
@@ -350,7 +368,7 @@ def check_effects(config: ExperimentConfig) -> None:
             f"train.align.batch_size=1 leaves the loss {config.loss.title} nothing to normalise Δ with, which it does "
             "over the pairs of a step: raise train.align.batch_size; train.align.microbatch_tokens limits memory"
         )
-    if not config.loss.pairwise:
+    if not aligns(config.loss):
         unused = {
             "train.validation_pairs": (train.validation_pairs, 0),
             "train.checkpoint_selection.interval_steps": (train.checkpoint_selection.interval_steps, 0),
@@ -384,7 +402,7 @@ def other_scales(config: ExperimentConfig) -> list[str]:
     A judge that writes is then often out of range. One whose probabilities are read looks as if nothing were wrong.
     """
     lines: list[str] = []
-    for key, judge in _judges(config).items():
+    for key, judge in all_judges_of(config).items():
         if isinstance(judge, Grader):
             ends, advice = (LOW, HIGH), f"Let {key}.prompt ask for such a rating"
         elif isinstance(judge, Rubric):
@@ -403,7 +421,7 @@ def other_forms(config: ExperimentConfig) -> list[str]:
     A judge that writes then mostly has no verdict. One whose probabilities are read looks as if nothing were wrong.
     """
     lines: list[str] = []
-    for key, judge in _judges(config).items():
+    for key, judge in all_judges_of(config).items():
         forms: list[str] = []
         if isinstance(judge, ComparatorSettings):
             forms = [*judge.forms]
@@ -420,23 +438,10 @@ def other_forms(config: ExperimentConfig) -> list[str]:
     return lines
 
 
-def _judges(config: ExperimentConfig) -> dict[str, Any]:
-    """Return {setting: judge or comparator}; None where there is none."""
-    asked = config.evaluate
-    return {
-        "judge": config.judge,
-        "data.meta_judge": config.meta_judge,
-        "evaluate.head_to_head": asked.head_to_head,
-        "evaluate.preference_pairs.judge": asked.preference_pairs.judge,
-        "train.checkpoint_selection.head_to_head": config.train.checkpoint_selection.head_to_head,
-        **{f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()},
-    }
-
-
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield (regular expression of keys, why setting them or keys below has no effect)."""
     data, train, asked = config.data, config.train, config.evaluate
-    if not config.loss.pairwise:
+    if not aligns(config.loss):
         read = "dtype|max_length|microbatch_tokens"  # For log-probabilities of held-out pairs.
         unread = rf"train\.align(?!\.({read})$)" if asked.preference_pairs.source else r"train\.align"
         yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes with train.sft and aligns nothing"
@@ -491,7 +496,7 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     if refinement is not None and refinement.augmentation() is None:
         why = f"loss.refinement.source={refinement.source} puts no prompt before x"
         yield r"loss\.refinement\.(prompt|place|scale)", why
-    for key, comparator in _judges(config).items():
+    for key, comparator in all_judges_of(config).items():
         served = asks_a_server(comparator)
         if isinstance(comparator, ComparatorSettings):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"
@@ -593,15 +598,19 @@ def _check_writers(config: ExperimentConfig, data: SelfRewarding) -> None:
                 "data.respond.writers=[next,self]: the next model is made of pairs in which M_t writes in its place, "
                 "so the other writer must be another one, such as sft"
             )
-    if NEXT in writers and not config.loss.pairwise:
-        raise SelfalignError("data.respond.writers: next needs a loss that aligns on pairs; loss=positives does not")
+    if NEXT in writers and not isinstance(rule, PairRule):
+        raise SelfalignError(
+            "data.respond.writers: next needs a loss that aligns on pairs, and a rule that makes them; loss=positives "
+            "and pair=labels do not"
+        )
 
 
 def _check_candidates(config: ExperimentConfig, data: SelfRewarding) -> None:
     """Check that there are enough candidates for pairs and comparisons."""
     candidates, rule = data.respond.most_candidates, config.pair
-    needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) else 1
-    why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "a pair"
+    of_mean = isinstance(rule, Labels) and rule.threshold is None
+    needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) or of_mean else 1
+    why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "pair.threshold=null" if of_mean else "a pair"
     if isinstance(config.judge, Pairwise) and needed < 2:
         needed, why = 2, "judge=pairwise"
     if candidates < needed:
@@ -624,6 +633,11 @@ def _check_scores(config: ExperimentConfig) -> None:
         return
     if isinstance(rule, PositivesOnly) and rule.minimum_score > high:
         raise SelfalignError(f"pair.minimum_score={rule.minimum_score} is above judge.max_score={high}: lower it")
+    if isinstance(rule, Labels) and rule.threshold is not None and not low < rule.threshold <= high:
+        raise SelfalignError(
+            f"pair.threshold={rule.threshold} gives all responses the same label, because scores go from "
+            f"judge.min_score={low} to judge.max_score={high}: set it above the one and at most the other, or null"
+        )
     if config.loss.offset is Offset.win_shares and (low, high) != (0, 1):
         raise SelfalignError(
             f"the loss {config.loss.title} reads scores as shares of wins, from 0 to 1, but they go from "
@@ -639,9 +653,8 @@ def _check_scores(config: ExperimentConfig) -> None:
 
 def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> None:
     """Check that generated training texts leave room for a prompt in the longest training sequence."""
-    pairwise = config.loss.pairwise
-    stage = "train.align" if pairwise else "train.sft"
-    limit = (config.train.align if pairwise else config.train.sft).max_length
+    stage, training = ("train.align", config.train.align) if aligns(config.loss) else ("train.sft", config.train.sft)
+    limit = training.max_length
     written = [("data.respond.sampling", data.respond.sampling, stage, limit)]
     if isinstance(judge := config.judge, SampledScore):
         if data.seed_data.eft_source.by_baseline:

@@ -18,13 +18,13 @@ from selfalign.judges.protocol import Judge
 from selfalign.losses.protocol import FineTuningLoss, PreferenceLoss
 from selfalign.runs.tracker import Tracking
 from selfalign.stages.meta_judge import MetaJudge
-from selfalign.stages.pair import PositivesOnly
+from selfalign.stages.pair import Labels, PositivesOnly
 
 COMPONENTS: dict[str, tuple[type, ...]] = {
     "data": (SelfRewarding, Pairs),
     "engine": (Engine,),
     "judge": (Judge,),
-    "pair": (PairRule, PositivesOnly),
+    "pair": (PairRule, PositivesOnly, Labels),
     "loss": (PreferenceLoss, FineTuningLoss),
 }
 """{group: accepted kinds}. A kind is a protocol, whose members the component must have, or a base class."""

@@ -314,10 +314,34 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledResponse:
+    """One response to a prompt, and whether it is desirable.
+
+    `score` is the judge's mean, None where there is none. A response that is not `finished` was cut at the token limit.
+    `ids`, `thought`, `thought_prompt`, `turns` and `calls` are as those of a pair's chosen response.
+    """
+
+    id: str
+    prompt: Prompt
+    response: str
+    desirable: bool
+    score: float | None = None
+    finished: bool = True
+    instruction_id: str = ""
+    response_id: str = ""
+    ids: list[int] = field(default_factory=list)
+    thought: str = ""
+    thought_prompt: str = ""
+    turns: Turns = msgspec.UNSET
+    calls: Turns = msgspec.UNSET
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairReference:
     """The reference policy's summed log-probabilities (nats) of a pair's responses.
 
-    `augmented_*` are conditioned on p⊕x; None where the loss does not need them.
+    `augmented_*` are conditioned on p⊕x; None where the loss does not need them. For a labelled response, `chosen` is
+    its own log-probability, and `rejected` that of the response to another prompt from which z₀ is estimated.
     """
 
     id: str

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from selfalign.core.records import Message, PreferencePair, Prompt
+from selfalign.core.records import LabelledResponse, Message, PreferencePair, Prompt
 from selfalign.data.turns import as_text, said, texts_in
 
 
@@ -61,8 +61,10 @@ def pair_of(
     )
 
 
-def tails_of(pair: PreferencePair) -> tuple[Tail, Tail]:
-    """Return the tails of a pair, the chosen one first."""
+def tails_of(pair: PreferencePair | LabelledResponse) -> tuple[Tail, ...]:
+    """Return the tails of a pair, the chosen one first, or the only tail of a labelled response."""
+    if isinstance(pair, LabelledResponse):
+        return (Tail(pair.response, pair.turns or [], pair.calls or []),)
     return (
         Tail(pair.chosen, pair.chosen_turns or [], pair.chosen_calls or []),
         Tail(pair.rejected, pair.rejected_turns or [], pair.rejected_calls or []),
@@ -74,7 +76,7 @@ def is_plain(pair: PreferencePair) -> bool:
     return not any(tail.turns or tail.calls for tail in tails_of(pair))
 
 
-def texts_asked_in(pair: PreferencePair) -> set[str]:
+def texts_asked_in(pair: PreferencePair | LabelledResponse) -> set[str]:
     """Return the texts of a pair's prompt with the turns before its answers, as `texts_in` returns them."""
     if isinstance(pair.prompt, str):
         return texts_in(pair.prompt)

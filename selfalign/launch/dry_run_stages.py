@@ -23,9 +23,9 @@ from selfalign.core.records import (
     Instruction,
     Judgement,
     JudgementStatus,
-    PreferencePair,
     Prompt,
 )
+from selfalign.data.labelled import LABELLED
 from selfalign.data.turns import as_prompt, as_text
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import PairwiseComparator
@@ -35,13 +35,14 @@ from selfalign.judges.rubric import EXAMPLE
 from selfalign.judges.sampled import SampledScore
 from selfalign.launch.profiler import Measured, ProfilingOutput, StageEstimate, forget_peak_memory, measure, peak
 from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, distinct, max_length_generation
-from selfalign.losses.protocol import PreferenceLoss
+from selfalign.losses.protocol import PreferenceLoss, UnpairedLoss, is_unpaired
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline.requirements import judge_prompt, max_judgement_tokens
 from selfalign.runs.labels import Label
 from selfalign.stages.align import align
+from selfalign.stages.distorted_instructions import DistortionConfig, distorted_instructions
 from selfalign.stages.head_to_head import head_to_head
 from selfalign.stages.instruct import InstructConfig, instruct
 from selfalign.stages.judge import Judge
@@ -58,6 +59,7 @@ from selfalign.store.key import to_key_json
 from selfalign.store.stage import PlannedArtifact, StageFunction, declared, plan_stage, records_in
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import LogProbSettings, Optimization, TrainableWeights
+from selfalign.training.unpaired import examples_in
 
 FILLS_A_BATCH = 1 << 14
 """Tokens of a batch, where the engine does not set them."""
@@ -111,6 +113,7 @@ class StageEstimator:
             sft: self._sft,
             align: self._align,
             instruct: self._instruct,
+            distorted_instructions: self._distorted_instructions,
             respond: self._respond,
             write_criteria: self._write_criteria,
             judge_stage: self._judge,
@@ -166,19 +169,20 @@ class StageEstimator:
         label: str,
         *,
         pairs: Artifact,
-        loss: PreferenceLoss,
+        loss: PreferenceLoss | UnpairedLoss,
         held_out: int,
         selection: CheckpointSelection | None,
         optimization: Optimization,
         **others: Any,
     ) -> dict[str, Any]:
-        count = records_in(pairs, "pairs") - held_out
+        unpaired = is_unpaired(loss)
+        count = examples_in(pairs, unpaired=unpaired) - held_out
         if count < 1:
             raise SelfalignError(
                 f"train.validation_pairs={held_out} of {count + held_out} pairs leaves none to train on: lower it"
             )
         size = min(optimization.batch_size, count)
-        few = self._write(pairs=self._pairs(2 * size))
+        few = self._examples(2 * size, unpaired=unpaired)
         given = {"pairs": few, "loss": loss, "held_out": 0, "selection": None}
         given["optimization"] = replace(optimization, epochs=1)
         measured, folder = self._measure(label, align, [size, others["start"] is None], **given, **others)
@@ -256,6 +260,23 @@ class StageEstimator:
         given = self._write(instructions=unique, responses=[subject.response for subject in subjects])
         shared = {"instructions": given, "responses": given, "engine": max_length_generation(engine), "judge": judge}
         measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
+        self._add_batches(label, measured, measured.batches_of(count / few))
+
+    def _distorted_instructions(
+        self, label: str, *, config: DistortionConfig, seeds: Artifact, engine: Any, **others: Any
+    ) -> None:
+        count = records_in(seeds, "demonstrations")
+        count, written = min(count, config.count or count), config.sampling.longest
+        few = self._few(count, self.longest.prompt_tokens(written) + written, engine)
+        room = self.longest.context - written - SHORTEST_PROMPT
+        [text] = self.longest.fitting(config.ask, [self.longest.prompt_tokens(written)], room)
+        asked = [
+            Demonstration(id=f"d{n}", prompt=as_prompt(distinct(text, n)), response="Yes.", source="ift")
+            for n in range(few)
+        ]
+        given = {"config": config, "seeds": self._write(demonstrations=asked), "held_out": []}
+        given |= {"engine": max_length_generation(engine), "policy": others["policy"], "seed": others["seed"]}
+        measured, _ = self._measure(label, distorted_instructions, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
 
     def _write_criteria(
@@ -364,10 +385,11 @@ class StageEstimator:
         pairs: Artifact,
         augmentation: Refinement | None,
         precision: LogProbSettings,
+        unpaired: bool = False,
     ) -> dict[str, Any]:
-        count, few = records_in(pairs, "pairs"), 2 * self.config.train.align.batch_size
-        given = {"policy": policy, "augmentation": augmentation, "precision": precision}
-        given["pairs"] = self._write(pairs=self._pairs(few))
+        count, few = examples_in(pairs, unpaired=unpaired), 2 * self.config.train.align.batch_size
+        given = {"policy": policy, "augmentation": augmentation, "precision": precision, "unpaired": unpaired}
+        given["pairs"] = self._examples(few, unpaired=unpaired)
         measured, folder = self._measure(label, reference_logprobs, [policy.digest], first_alone=False, **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
         return {"path": folder}
@@ -430,11 +452,14 @@ class StageEstimator:
         candidates = data.respond.sampling.longest if isinstance(data, SelfRewarding) else self.longest.max_length
         return min(responses.counts.get("tokens_each", candidates), self.longest.context - SHORTEST_PROMPT)
 
-    def _pairs(self, count: int) -> list[PreferencePair]:
+    def _examples(self, count: int, *, unpaired: bool) -> Artifact:
+        """Write so many pairs, or labelled responses for an unpaired loss."""
         data = self.config.data
         own = isinstance(data, SelfRewarding) and not data.replay.largest_share
         written = data.respond.sampling.longest if own else self.longest.max_length
-        return self.longest.pairs(count, written)
+        if unpaired:
+            return self._write(**{LABELLED: self.longest.labelled(count, written)})
+        return self._write(pairs=self.longest.pairs(count, written))
 
     def _texts(self, ask: Callable[..., Prompt], responses: Artifact, written: int, *, server: bool) -> list[str]:
         """Return a longest instruction and response whose judge prompt leaves room for the judgement."""

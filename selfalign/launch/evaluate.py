@@ -19,7 +19,7 @@ from selfalign.data.mixtures import identify_source, parts_of
 from selfalign.engines.resident import workers_may_stay
 from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved, warn_of_settings
 from selfalign.launch.sweep import JOBS, Sweep
-from selfalign.losses.protocol import Loss
+from selfalign.losses.protocol import Loss, aligns
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import GIVEN, Evaluation
@@ -123,7 +123,7 @@ class FinishedRun:
                 until = [Label.iteration(n, part) for part in ("replayed_pairs", "pairs") for n in numbers]
                 pairs = [self.made[one] for one in until if one in self.made]
                 known["loss"] = loss = config.in_iteration(label.iteration_number).loss
-                named_reference = config.train.reference_policy if loss.pairwise else loss.init
+                named_reference = config.train.reference_policy if aligns(loss) else loss.init
                 against = {"base": base, "sft": sft}.get(named_reference, previous)
                 found.append(Contestant(f"{prefix}{label}", self.made[label], against, pairs, **known))
                 previous = self.made[label]

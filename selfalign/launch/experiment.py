@@ -205,8 +205,8 @@ def conclude(
 
 
 def stated(loss: Loss) -> dict[str, str]:
-    """Return a loss's title and formula, for readers of the run who do not have its code."""
-    return {"title": loss.title, "formula": loss.formula}
+    """Return a loss's title, its formula and what it is of, for readers of the run who do not have its code."""
+    return {"title": loss.title, "formula": loss.formula, "of": "pair" if loss.pairwise else "response"}
 
 
 def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> CacheLookup:

@@ -18,6 +18,7 @@ from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import judges_of
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
@@ -28,13 +29,13 @@ from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
+from selfalign.losses.protocol import aligns
 from selfalign.models import quantization
 from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import searches
 from selfalign.pipeline.loop import plan
-from selfalign.pipeline.models import judges_of
 from selfalign.runs.labels import Kind, Label
 from selfalign.tracking.wandb import Wandb, environment_mode, has_key
 from selfalign.training.config import Optimization
@@ -349,7 +350,7 @@ def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
 def trainings(config: ExperimentConfig, labels: list[Label]) -> list[tuple[str, Optimization]]:
     """Return the remaining trainings as (setting, optimization)."""
     tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
-    later = aligned if config.loss.pairwise else tuned
+    later = aligned if aligns(config.loss) else tuned
     found = {key: settings for key, settings in ((later if label.is_aligned else tuned) for label in trained(labels))}
     return list(found.items())
 

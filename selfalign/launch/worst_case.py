@@ -6,7 +6,16 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
+from selfalign.core.records import (
+    Demonstration,
+    FinishReason,
+    Instruction,
+    LabelledResponse,
+    PreferencePair,
+    Prompt,
+    Response,
+)
+from selfalign.data.labelled import sides_of
 from selfalign.data.turns import as_prompt
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -107,6 +116,10 @@ class WorstCaseRecords:
             )
             for n in range(count)
         ]
+
+    def labelled(self, count: int, written: int) -> list[LabelledResponse]:
+        """Return labelled responses as long as those of `pairs`, each to a prompt of its own."""
+        return [sides_of(pair)[number % 2] for number, pair in enumerate(self.pairs(count, written))]
 
     def demonstrations(self, count: int, tokens: int, each: int) -> list[Demonstration]:
         """Return `count` prompts with so many demonstrations each, `tokens` tokens together for each prompt."""

@@ -1,12 +1,14 @@
-"""Log-probabilities of the two responses of each pair."""
+"""Log-probabilities of the two responses of each pair, and the shapes that losses take."""
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Values = Float[Tensor, "pairs"]
 Shares = Float[Tensor, "pairs 2"]
+Labels = Bool[Tensor, "responses"]
+Responses = Float[Tensor, "responses"]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ For a pair (y⁺, y⁻) of one prompt x,
     h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        in nats, summed over tokens
 
 and Δ is the refinement of `selfalign.losses.refinement`, without gradient. A loss declares with `offset` which other
-values it needs.
+values it needs. KTO alone takes labelled responses one by one.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.iterations import check_iterations, value_at
-from selfalign.losses.logps import PairLogps, Shares, Values
+from selfalign.losses.logps import Labels, PairLogps, Responses, Shares, Values
 from selfalign.losses.protocol import Offset
 from selfalign.losses.refinement import Refinement, refinement
 
@@ -388,6 +388,44 @@ class SPPO:
 
 
 @dataclass(kw_only=True, slots=True)
+class KTO:
+    """Kahneman-Tversky optimisation of single responses, desirable or not: λ_D σ(-β(r - z₀)) or λ_U σ(-β(z₀ - r)).
+
+    Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8: λ_y - v with v = λ_D σ(β(r - z₀)) for desirable responses and
+    λ_U σ(β(z₀ - r)) for undesirable ones. r is log π(y|x)/π_ref(y|x) of the whole response. z₀ estimates the KL
+    divergence of the policy from its reference, in nats: the mean of r over responses to other prompts in an optimizer
+    step, or 0 if that is below 0.
+
+    Attributes:
+        beta: strength of the pull towards the reference, per nat.
+        desirable_weight: λ_D, the weight of desirable responses.
+        undesirable_weight: λ_U, the weight of undesirable responses.
+    """
+
+    title = "KTO"
+    formula = "λ_D σ(−β(r − z₀)) if y is desirable, λ_U σ(−β(z₀ − r)) if not, r = log π/π_ref(y|x)"
+    pairwise = False
+    offset = Offset.none
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_weight("loss.desirable_weight", self.desirable_weight)
+        check_weight("loss.undesirable_weight", self.undesirable_weight)
+
+    def __call__(self, policy: Responses, reference: Responses, desirable: Labels, baseline: float) -> Responses:
+        gain = self.beta * (policy - reference - baseline)
+        return torch.where(
+            desirable,
+            self.desirable_weight * torch.sigmoid(-gain),
+            self.undesirable_weight * torch.sigmoid(gain),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class PositiveSFT:
     """No preference loss: SFT on the good responses alone (arXiv 2401.10020, "positives only" variant).
 
@@ -495,6 +533,12 @@ def check_alpha(alpha: float) -> None:
     """Check that the weight α of an offset is 0 or more and finite."""
     if not 0 <= alpha < math.inf:
         raise SelfalignError(f"loss.alpha must be 0 or more and finite, got {alpha}")
+
+
+def check_weight(key: str, weight: float) -> None:
+    """Check that the weight of one kind of responses is above 0 and finite."""
+    if not 0 < weight < math.inf:
+        raise SelfalignError(f"{key} must be above 0 and finite, got {weight}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol, TypeGuard, TypeVar, cast, runtime_checkable
 from torch import Tensor
 
 from selfalign.core.formatting import plural
-from selfalign.losses.logps import PairLogps, Values
+from selfalign.losses.logps import Labels, PairLogps, Responses, Values
 from selfalign.losses.refinement import Refinement
 
 
@@ -31,7 +31,8 @@ class Loss(Protocol):
     Attributes:
         title: its name in reports and model cards.
         formula: its formula for a pair, as plain text.
-        pairwise: whether it compares the two responses of a pair. If false, the policy is fine-tuned on chosen ones.
+        pairwise: whether it compares the two responses of a pair. If false, it takes responses one by one: labelled
+            ones (`UnpairedLoss`), or the good ones, on which the policy is fine-tuned (`FineTuningLoss`).
         offset: the offset that it needs besides the log-probabilities.
     """
 
@@ -56,6 +57,26 @@ class PreferenceLoss(Loss, Protocol):
     def beta(self) -> float: ...
 
     def __call__(self, policy: PairLogps, reference: PairLogps, offset: Tensor | None = None, /) -> Values: ...
+
+
+@runtime_checkable
+class UnpairedLoss(Loss, Protocol):
+    """A loss of labelled responses, each by itself.
+
+    It maps summed log-probabilities of policy and reference, whether each response is desirable, and the estimate z₀ of
+    the policy's distance from its reference (nats, without gradient) to losses, shape (responses,).
+    """
+
+    @property
+    def beta(self) -> float: ...
+
+    @property
+    def desirable_weight(self) -> float: ...
+
+    @property
+    def undesirable_weight(self) -> float: ...
+
+    def __call__(self, policy: Responses, reference: Responses, desirable: Labels, baseline: float, /) -> Responses: ...
 
 
 @runtime_checkable
@@ -115,6 +136,16 @@ def loss_at(loss: L, iteration: int) -> L:
 def loss_during(loss: PreferenceLoss, share: float) -> PreferenceLoss:
     """Return the loss of a step, before which this share of the alignment's steps was done."""
     return loss.during(share) if isinstance(loss, ScheduledLoss) else loss
+
+
+def is_unpaired(loss: Loss) -> TypeGuard[UnpairedLoss]:
+    """Whether a loss takes labelled responses one by one."""
+    return not loss.pairwise and isinstance(loss, UnpairedLoss)
+
+
+def aligns(loss: Loss) -> bool:
+    """Whether a loss aligns the policy against a reference policy, instead of fine-tuning it."""
+    return loss.pairwise or is_unpaired(loss)
 
 
 def is_refined(loss: Loss) -> TypeGuard[RefinedLoss]:

@@ -64,6 +64,19 @@ class Moments(Statistic):
 
 
 @dataclass(frozen=True, slots=True)
+class Difference(Statistic):
+    """The mean over one group of units minus that over another; undefined if one of them is empty."""
+
+    one: Moments
+    other: Moments
+
+    @property
+    def value(self) -> float | None:
+        one, other = self.one.value, self.other.value
+        return None if one is None or other is None else one - other
+
+
+@dataclass(frozen=True, slots=True)
 class Deviation(Statistic):
     """A standard deviation, with n in the denominator."""
 

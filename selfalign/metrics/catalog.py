@@ -93,10 +93,12 @@ LOSS_PER_TOKEN = Metric("loss_per_token", "negative log-likelihood of a target t
     "nats", axis="step", better="lower")
 LEARNING_RATE = Metric("learning_rate", "learning rate of the step", "", axis="step")
 GRAD_NORM = Metric("grad_norm", "norm of the gradient before clipping", "", axis="step")
-REWARDS_CHOSEN = Metric("rewards/chosen", "mean β[log π - log π_ref] of the chosen responses", "reward", axis="step")
-REWARDS_REJECTED = Metric("rewards/rejected", "mean β[log π - log π_ref] of the rejected responses",
+REWARDS_CHOSEN = Metric("rewards/chosen", "mean β[log π - log π_ref] of the chosen responses; of desirable ones in KTO",
     "reward", axis="step")
-REWARDS_MARGINS = Metric("rewards/margins", "mean reward of the chosen minus that of the rejected responses",
+REWARDS_REJECTED = Metric("rewards/rejected",
+    "mean β[log π - log π_ref] of the rejected responses; of undesirable ones in KTO", "reward", axis="step")
+REWARDS_MARGINS = Metric("rewards/margins",
+    "mean reward of the chosen minus that of the rejected responses; of desirable minus undesirable ones in KTO",
     "reward", axis="step", better="higher", title="reward margin")
 REWARDS_MARGINS_PER_TOKEN = Metric("rewards/margins_per_token",
     "mean reward margin, with each reward divided by its response's tokens",
@@ -116,6 +118,9 @@ REFINEMENT_STD = Metric("refinement/std", "standard deviation of Δ over the pai
     "reward", axis="step", title="std of\u00a0Δ")
 REFINEMENT_CORRELATION_WITH_MARGIN = Metric("refinement/correlation_with_margin",
     "Pearson's, of Δ and summed reward margin over the pairs of a step", "correlation", axis="step")
+KL = Metric("kl",
+    "KTO's estimate of KL(π ‖ π_ref) from responses to other prompts, nats; the loss takes it as 0 where it is below",
+    "nats", axis="step", title="KL to the reference, nats")
 LOGPS_CHOSEN = Metric("logps/chosen", "mean summed log-probability of the chosen responses, nats", "nats", axis="step")
 LOGPS_REJECTED = Metric("logps/rejected", "mean summed log-probability of the rejected responses, nats",
     "nats", axis="step")
@@ -138,6 +143,8 @@ DEMONSTRATIONS = Metric("demonstrations", "demonstrations trained on", "count")
 TOKENS = Metric("tokens",
     "tokens of these demonstrations with their prompts; what those of a question begin with is counted once", "tokens")
 PAIRS = Metric("pairs", "preference pairs trained on", "count")
+LABELLED = Metric("labelled", "responses labelled as desirable or undesirable", "count", title="labelled responses")
+DESIRABLE = Metric("desirable", "desirable ones among them", "count")
 LOGPS_CHOSEN_CHANGE = Metric("logps/chosen_change",
     "log π of the chosen responses trained on, after alignment minus before, mean nats a pair",
     "nats", title="log\u00a0π of chosen, change")

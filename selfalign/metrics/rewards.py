@@ -1,4 +1,4 @@
-"""Reward metrics of a batch of pairs, and their intervals."""
+"""Reward metrics of a batch of pairs or labelled responses, and their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from scipy import stats
 
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Correlation, Deviation, Mean, Moments, Sums
+from selfalign.metrics.accumulate import Correlation, Deviation, Difference, Mean, Moments, Sums
 from selfalign.metrics.intervals import wilson
 
 CHANGES = {
@@ -57,6 +57,25 @@ def reward_metrics(
     return metrics
 
 
+def label_metrics(rewards: Sequence[float], desirable: Sequence[bool]) -> Sums:
+    """Return the sums of the reward metrics over labelled responses.
+
+    They have the names of those of pairs, as in TRL: desirable responses count as chosen and undesirable ones as
+    rejected.
+
+    Args:
+        rewards: β[log π - log π_ref] of the responses.
+        desirable: whether each is desirable.
+    """
+    labelled = list(zip(rewards, desirable, strict=True))
+    good, bad = ([reward for reward, label in labelled if label is kind] for kind in (True, False))
+    return {
+        catalog.REWARDS_CHOSEN.name: Mean(math.fsum(good), float(len(good))),
+        catalog.REWARDS_REJECTED.name: Mean(math.fsum(bad), float(len(bad))),
+        catalog.REWARDS_MARGINS.name: Difference(Moments.of(good), Moments.of(bad)),
+    }
+
+
 def logp_changes(name: str, changes: Sequence[float], tokens: Sequence[float]) -> Sums:
     """Return the mean change of log π of responses, in nats per response and in nats per token, as sums.
 
@@ -78,7 +97,8 @@ def length_moments(rewards: Sequence[float], tokens: Sequence[float]) -> Sums:
 def reward_intervals(metrics: Sums) -> dict[str, float]:
     """Return the ends of 95 % intervals as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin.
 
-    The intervals assume independent pairs. Held-out pairs are: each instruction has only one.
+    Between desirable and undesirable responses it is Welch's. The intervals assume independent pairs or responses.
+    Held-out ones are: each instruction has only one.
     """
     intervals: dict[str, float] = {}
     for name in (catalog.REWARDS_ACCURACIES.name, catalog.REWARDS_ACCURACIES_AUGMENTED.name):
@@ -91,4 +111,11 @@ def reward_intervals(metrics: Sums) -> dict[str, float]:
         mean, variance = margins.total / pairs, max(0.0, margins.variance) * pairs / (pairs - 1)
         half = float(stats.t.ppf(0.975, pairs - 1)) * math.sqrt(variance / pairs)
         intervals |= {f"{name}_low": mean - half, f"{name}_high": mean + half}
+    if isinstance(margins, Difference) and min(margins.one.count, margins.other.count) > 1:
+        parts = [(max(0.0, of.variance) / (of.count - 1), of.count - 1) for of in (margins.one, margins.other)]
+        error = sum(part for part, _ in parts)
+        if error and margins.value is not None:
+            freedom = error**2 / sum(part**2 / left for part, left in parts)
+            half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(error)
+            intervals |= {f"{name}_low": margins.value - half, f"{name}_high": margins.value + half}
     return intervals

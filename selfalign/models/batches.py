@@ -225,14 +225,16 @@ def share_prompt(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairExample:
-    """A preference pair as tokens, with what is stored of it.
+    """A preference pair as tokens, with what is stored of it; or a labelled response beside another prompt's.
 
     Attributes:
-        plain: its responses behind x.
+        plain: its responses behind x. Of a labelled response, itself, and the response to another prompt from which z₀
+            is estimated; whatever is said of the chosen and the rejected response goes for these two.
         augmented: the same behind p⊕x, where the loss refines.
         negative: the same behind p⁻⊕x, where it compares contrastive prompts.
         scores: the judge's mean scores of the chosen and of the rejected response; empty unless both are known.
         label_smoothing: ε of this pair, where it has its own.
+        desirable: whether a labelled response is desirable; None for a pair.
         reference: log-probabilities of both responses given x under the reference policy, summed over tokens, in nats;
             empty where they are not stored, as the next two.
         augmented_reference: the same given p⊕x.
@@ -244,6 +246,7 @@ class PairExample:
     negative: SharedPrompt | None = None
     scores: list[float] = field(default_factory=list)
     label_smoothing: float | None = None
+    desirable: bool | None = None
     reference: list[float] = field(default_factory=list)
     augmented_reference: list[float] = field(default_factory=list)
     start: list[float] = field(default_factory=list)

@@ -18,7 +18,7 @@ from selfalign.runs.runner import StageRunner
 from selfalign.stages.demonstrated_instructions import demonstrated_instructions, demonstrated_responses
 from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instruct
 from selfalign.stages.meta_judge import meta_judge
-from selfalign.stages.pair import PositivesOnly, gather_pairs, pair
+from selfalign.stages.pair import gather_pairs, pair
 from selfalign.stages.respond import DEMONSTRATION, NEXT, join_responses, respond
 from selfalign.store.artifacts import Artifact
 
@@ -79,7 +79,7 @@ class PairGeneration:
         responses = self._responses(config, label, iteration, models)
         judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
         judgements, second = None, {}
-        if isinstance(rule, PositivesOnly) or rule.needs_scores:
+        if not isinstance(rule, PairRule) or rule.needs_scores:
             label = label.sibling(f"{prefix}judgements")
             judgements = judging.judge(label, None, models, instructions, responses)
         if isinstance(rule, PairRule) and rule.consistency != "none":
@@ -89,7 +89,7 @@ class PairGeneration:
         pairs = self.run.make(
             label,
             pair,
-            rule=rule if isinstance(rule, PositivesOnly) else rule.at(iteration),
+            rule=rule.at(iteration) if isinstance(rule, PairRule) else rule,
             instructions=instructions,
             responses=responses,
             judgements=judgements,

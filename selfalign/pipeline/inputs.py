@@ -15,6 +15,7 @@ from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
 from selfalign.judges.panel import judges_in
 from selfalign.judges.protocol import verifies
+from selfalign.losses.protocol import is_unpaired
 from selfalign.metrics import catalog
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageRunner
@@ -28,6 +29,7 @@ from selfalign.stages.seed_data import EFTSource, asks_known, seed_data, taught_
 from selfalign.store.artifacts import Artifact, Content
 from selfalign.store.stage import PlannedArtifact, StageFunction
 from selfalign.training.splits import KnownTexts
+from selfalign.training.unpaired import examples_in
 
 
 @dataclass(slots=True)
@@ -160,7 +162,8 @@ class RunInputs:
         )
         _check_count("data.count", data.count, pairs.counts["pairs"], f"pairs of {data.path}")
         if not isinstance(pairs, PlannedArtifact):
-            check_checkpoints(self.config.train, pairs.counts["pairs"] - set_aside)
+            examples = examples_in(pairs, unpaired=is_unpaired(self.config.loss))
+            check_checkpoints(self.config.train, examples - set_aside)
         return pairs
 
     def _replayed(self, replay: ReplayConfig) -> Artifact | None:

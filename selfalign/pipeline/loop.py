@@ -12,7 +12,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.protocol import loss_at, reference_augmentation_of
+from selfalign.losses.protocol import aligns, is_unpaired, loss_at, reference_augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
@@ -193,7 +193,7 @@ class Method:
 
     def reference(self, iteration: int, models: RunModels) -> Artifact:
         """Return the reference policy of an alignment, or the start of another fine-tuning."""
-        if not (loss := self.config.in_iteration(iteration).loss).pairwise:
+        if not aligns(loss := self.config.in_iteration(iteration).loss):
             return models.base if loss.init == "base" else models.current
         name = self.config.train.reference_policy
         return models.current if name == "previous" else models.named(name)
@@ -210,12 +210,13 @@ class Method:
         name, loss, train = model_after(iteration), loss_at(config.loss, iteration), config.train
         policy = reference = self.reference(iteration, models)
         start = None
-        if not loss.pairwise:
+        if not aligns(loss):
             if loss.init == "base" and config.data.seed_data.fine_tune:
                 label = Label.iteration(iteration, "demonstrations")
                 pairs = self.run.make(label, gather_pairs, parts=[self.sft_data, pairs])
             return self.supervise(name, replace(models, current=policy), pairs)
         inputs = {"pairs": pairs, "precision": train.align.logprob_settings(config.model.dtype)}
+        inputs |= {"unpaired": True} if is_unpaired(loss) else {}
         if train.reference_logprobs == "precomputed":
             p = reference_augmentation_of(loss)
             label = Label.iteration(iteration, f"{prefix}reference")

@@ -6,9 +6,10 @@ from typing import Any
 
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import judges_of
 from selfalign.core.files import derive_seed
 from selfalign.judges.criteria import CriteriaConfig, written_criteria
-from selfalign.judges.panel import Panel, judges_in, model_of
+from selfalign.judges.panel import Panel, model_of
 from selfalign.judges.protocol import OWN_MODELS, asks_a_policy, head_of, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
@@ -72,21 +73,6 @@ def load_from_outside(
     """Load a model from outside the run; `key` is the setting that names it, `head` sums a reward model's logits."""
     reads = {} if head is None else {"head": head}
     return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)), **reads)
-
-
-def judges_of(config: ExperimentConfig) -> dict[str, Any]:
-    """Return {setting: judge} of all judges and comparators of a run, except those of benchmarks."""
-    evaluation, selection = config.evaluate, config.train.checkpoint_selection
-    named = {
-        "judge": config.judge,
-        "data.meta_judge": config.meta_judge,
-        "evaluate.head_to_head": evaluation.head_to_head,
-        "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
-        "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,
-    }
-    named |= {f"at.{iteration}.judge": changes.get("judge") for iteration, changes in config.at.items()}
-    named = {key: judge for key, judge in named.items() if judge is not None}
-    return {place: member for key, judge in named.items() for place, member in judges_in(key, judge).items()}
 
 
 def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from selfalign.benchmarks.arena_hard import ArenaHard
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import judges_of
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
@@ -21,13 +22,12 @@ from selfalign.judges.criteria import CriteriaSource, criteria_of, written_crite
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.protocol import augmentation_of, cannot_train, misfit
+from selfalign.losses.protocol import aligns, augmentation_of, cannot_train, misfit
 from selfalign.models.batches import answers_of, encode_group, label_smoothing_of, scores_of
 from selfalign.models.chat_template import QUESTION, markers_of, render_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import RunInputs
-from selfalign.pipeline.models import judges_of
 from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import encode_demonstration
 from selfalign.store.artifacts import Artifact
@@ -64,10 +64,10 @@ def _lengths(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Ite
 
 def _used_lengths(config: ExperimentConfig, inputs: RunInputs) -> dict[str, int]:
     """Return {setting: longest sequence in tokens} of the training stages of the run."""
-    pairwise = config.loss.pairwise
+    has_alignment = aligns(config.loss)
     taught = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"]
-    has_sft = (config.data.seed_data.fine_tune and taught) or not pairwise
-    used = {"sft": has_sft, "align": pairwise}
+    has_sft = (config.data.seed_data.fine_tune and taught) or not has_alignment
+    used = {"sft": has_sft, "align": has_alignment}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
 

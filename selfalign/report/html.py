@@ -18,7 +18,14 @@ Format = Callable[[float], str]
 NOTHING = "–"
 """Text of a missing number."""
 
-MARKS = {"chosen": "✓ chosen", "rejected": "✕ rejected", "positive": "✓ kept", "winner": "higher score"}
+MARKS = {
+    "chosen": "✓ chosen",
+    "rejected": "✕ rejected",
+    "desirable": "✓ desirable",
+    "undesirable": "✕ undesirable",
+    "positive": "✓ kept",
+    "winner": "higher score",
+}
 
 
 @dataclass(frozen=True, slots=True)

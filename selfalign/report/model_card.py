@@ -213,7 +213,7 @@ def method(run: Finished) -> str:
     for start, last, since in eras(run, "loss"):
         loss, own = run.losses[start], run.inputs(Label.model(model_after(last))).get("loss")
         said = settings(own or {"class": config["choices"]["loss"]})
-        facts.append(f"Loss of a pair{since}: {loss['title']}, {code(loss['formula'])}; {said}")
+        facts.append(f"Loss of a {loss.get('of', 'pair')}{since}: {loss['title']}, {code(loss['formula'])}; {said}")
     if any("h" in formula for formula in formulas):
         facts.append(
             "Here, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "

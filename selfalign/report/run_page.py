@@ -153,7 +153,16 @@ ITERATIONS = (
             ("instructions", (catalog.KEPT, catalog.WRITTEN, catalog.NOVELTY, catalog.DISTINCT_2)),
             ("responses", (catalog.RESPONSES, catalog.FINISHED_SHARE)),
             ("judgements", (catalog.JUDGE_MEAN_SCORE, catalog.JUDGE_TIED_SHARE, catalog.JUDGE_STD_SCORE)),
-            ("pairs", (catalog.POSITIVES, catalog.MEAN_SCORE_MARGIN, catalog.MEAN_LENGTH_DIFFERENCE)),
+            (
+                "pairs",
+                (
+                    catalog.LABELLED,
+                    catalog.DESIRABLE,
+                    catalog.POSITIVES,
+                    catalog.MEAN_SCORE_MARGIN,
+                    catalog.MEAN_LENGTH_DIFFERENCE,
+                ),
+            ),
         )
         for metric in metrics
     ),
@@ -181,8 +190,9 @@ def models_table(run: Finished) -> str:
 
 
 def trained_on(row: Row) -> str:
-    """Return the number of pairs or demonstrations that a model was trained on."""
-    for metric, noun in ((catalog.PAIRS, "pair"), (catalog.DEMONSTRATIONS, "demonstration")):
+    """Return the number of pairs, labelled responses or demonstrations that a model was trained on."""
+    nouns = {catalog.PAIRS: "pair", catalog.LABELLED: "labelled response", catalog.DEMONSTRATIONS: "demonstration"}
+    for metric, noun in nouns.items():
         if metric.name in row:
             return plural(row[metric.name], noun)
     return NOTHING
@@ -304,6 +314,7 @@ def training_charts(run: Finished) -> str:
         ),
         ("Reward accuracy", "share of a step's pairs with a margin above 0", "align", catalog.REWARDS_ACCURACIES, 0.5),
         ("Refinement Δ", "mean over the pairs of a step", "align", catalog.REFINEMENT_MEAN, 0.0),
+        ("KL to the reference", "estimate z₀ of KTO before it is raised to 0, nats", "align", catalog.KL, 0.0),
     )
     figures: list[str] = []
     for title, caption, stage, metric, reference in curves:

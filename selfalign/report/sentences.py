@@ -140,6 +140,9 @@ def _named(model: str) -> str:
 def _rule(run: Finished) -> str:
     """Return how pairs or positives were made."""
     pair, rule = run.config["pair"], run.config.get("choices", {}).get("pair", "BestWorst")
+    if "threshold" in pair:
+        at = "the mean of its instruction" if pair["threshold"] is None else f"{pair['threshold']:g}"
+        return f"responses above {at} were labelled desirable, and those below it undesirable"
     if "minimum_score" in pair:
         return f"responses with a score of {pair['minimum_score']:g} or more were kept"
     if "chosen_from" in pair:
@@ -201,7 +204,8 @@ def _loss_sentence(run: Finished) -> str:
 def _made_by(run: Finished, start: int, labels: Sequence[Label]) -> str:
     """Return which models the loss made that aligned from an iteration on."""
     loss = run.config["loss"] if start == 1 else run.config["at"][str(start)]["loss"]
-    settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
+    signs = {"beta": "β", "lam": "λ", "desirable_weight": "λ_D", "undesirable_weight": "λ_U"}
+    settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in signs.items() if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "lambda_scale") if key in loss]
     against, made = WHO[run.config["train"]["reference_policy"]], strong(", ".join(map(str, labels)))
     return f"{strong(run.losses[start]['title'])} ({', '.join(settings)}; reference: {against}) made {made}."

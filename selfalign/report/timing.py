@@ -22,6 +22,7 @@ TIMES = (
     Column("loss", "fine-tuning is SFT on demonstrations, or on positives", "loss", ANY),
     Column("λ", "weight of the refinement", "lam", decimals(2)),
     Column.of(catalog.PAIRS),
+    Column.of(catalog.LABELLED),
     Column("steps", "optimiser steps", "steps", ANY),
     Column("training", "time of the steps, without loading, saving, reference or evaluation", "seconds", duration),
     Column("a step", "mean wall time of a step", "seconds_per_step", duration),
@@ -35,7 +36,7 @@ def training_times(folders: Sequence[Path]) -> list[Row]:
     """Return a row for every training of these finished runs, run by run.
 
     A row has `run` (the folder's name), `model`, `loss` (its title; its class, where that is another than the run's),
-    `lam` and `beta` (if the loss has them), `pairs` (of an alignment), `steps`, `seconds` (of the steps only),
+    `lam` and `beta` (if the loss has them), `pairs` or `labelled` (of an alignment), `steps`, `seconds` (of the steps),
     `seconds_per_step`, `tokens_per_second`, `peak_memory_gb` and `reference_seconds` (if the reference's
     log-probabilities were stored). A training whose log has no step times has no row.
     """
@@ -75,7 +76,7 @@ def _of_model(folder: Path, label: Label, titles: dict[str, str]) -> Row:
         "loss": titles.get(loss["class"], loss["class"]) if loss else "fine-tuning",
         "lam": loss.get("lam"),
         "beta": loss.get("beta"),
-        catalog.PAIRS.name: manifest["counts"].get(catalog.PAIRS.name),
+        **{metric.name: manifest["counts"].get(metric.name) for metric in (catalog.PAIRS, catalog.LABELLED)},
         "steps": len(steps),
         "seconds": seconds,
         "seconds_per_step": seconds / len(steps),

@@ -16,11 +16,13 @@ from selfalign.core.records import (
     Demonstration,
     Instruction,
     Judgement,
+    LabelledResponse,
     PreferencePair,
     RankedAnswers,
     Response,
     ResponseScore,
 )
+from selfalign.data.labelled import LABELLED
 from selfalign.data.tails import tails_of
 from selfalign.data.turns import as_text
 from selfalign.metrics import catalog
@@ -28,7 +30,16 @@ from selfalign.metrics.intervals import bootstrap_mean, wilson
 from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label, model_after
 
 R = TypeVar(
-    "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore
+    "R",
+    Comparison,
+    Demonstration,
+    Instruction,
+    Judgement,
+    LabelledResponse,
+    PreferencePair,
+    RankedAnswers,
+    Response,
+    ResponseScore,
 )
 S = TypeVar("S", Judgement, ResponseScore)
 Row = dict[str, Any]
@@ -37,6 +48,7 @@ FILES = {
     Comparison: "comparisons.jsonl",
     Demonstration: "demonstrations.jsonl",
     Instruction: "instructions.jsonl",
+    LabelledResponse: f"{LABELLED}.jsonl",
     Judgement: "judgements.jsonl",
     PreferencePair: "pairs.jsonl",
     RankedAnswers: "ranked.jsonl",
@@ -47,7 +59,10 @@ FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A response to display; `role` is "chosen", "rejected", "positive", "winner" or empty."""
+    """A response to display.
+
+    `role` is "chosen", "rejected", "desirable", "undesirable", "positive", "winner" or empty.
+    """
 
     text: str
     score: float | None
@@ -278,10 +293,12 @@ def read_responses(folder: Path, model: str) -> dict[str, Candidate]:
 def roles(
     folder: Path, label: Label, pairs: Iterable[PreferencePair], judged: Sequence[JudgedResponse]
 ) -> dict[str, str]:
-    """Return {response id: role} of an iteration's first responses, from its pairs or positives."""
+    """Return {response id: role} of an iteration's first responses, from its pairs, labels or positives."""
     ids = {one.response.id for one in judged}
     positives = takewhile(lambda one: one.id in ids, stream_artifact(folder, label, Demonstration))
     kept = {positive.id: "positive" for positive in positives}
+    labelled = takewhile(lambda one: one.id in ids, stream_artifact(folder, label, LabelledResponse))
+    kept |= {one.id: "desirable" if one.desirable else "undesirable" for one in labelled}
     return kept | {name: role for p in pairs for name, role in ((p.chosen_id, "chosen"), (p.rejected_id, "rejected"))}
 
 
@@ -296,7 +313,7 @@ def pair_candidates(pair: PreferencePair) -> list[Candidate]:
 
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Sort by falling score, unscored ones last. Among equal scores, chosen come first and rejected last."""
-    rank = {"chosen": 0, "positive": 0, "": 1, "rejected": 2}
+    rank = {"chosen": 0, "positive": 0, "desirable": 0, "": 1, "rejected": 2, "undesirable": 2}
     return sorted(candidates, key=lambda c: (-math.inf if c.score is None else c.score, -rank[c.role]), reverse=True)
 
 

@@ -13,6 +13,7 @@ from selfalign.store.artifacts import Artifact
 
 COLUMNS = (
     catalog.PAIRS,
+    catalog.LABELLED,
     catalog.REWARDS_MARGINS,
     catalog.REWARDS_ACCURACIES,
     catalog.EVAL_WIN_RATE,

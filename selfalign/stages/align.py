@@ -4,7 +4,10 @@ import logging
 import math
 from collections import Counter
 
-from selfalign.losses.protocol import PreferenceLoss
+from selfalign.core.jsonl import stream_records
+from selfalign.core.records import PreferencePair
+from selfalign.data.labelled import stream_labelled
+from selfalign.losses.protocol import PreferenceLoss, UnpairedLoss, is_unpaired
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.rewards import reward_intervals
@@ -12,20 +15,22 @@ from selfalign.models.batches import PairExample
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import fault_counts
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
-from selfalign.store.stage import Size, amount, records_in, stage
+from selfalign.store.stage import Size, amount, stage
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.dataset import store_examples
 from selfalign.training.preference import encode_preferences, open_objective
 from selfalign.training.splits import hold_out
 from selfalign.training.train import train
+from selfalign.training.unpaired import examples_in, label_counts
 
 logger = logging.getLogger(__name__)
 
 
-def size(*, pairs: Artifact, loss: PreferenceLoss, optimization: Optimization, **others: object) -> Size:
-    """Return the loss, the number of pairs, the epochs and the batch size."""
-    text = f"{loss.title} on {amount(records_in(pairs, 'pairs'))} pairs"
+def size(*, pairs: Artifact, loss: PreferenceLoss | UnpairedLoss, optimization: Optimization, **others: object) -> Size:
+    """Return the loss, the number of pairs or labelled responses, the epochs and the batch size."""
+    kind = "labelled responses" if is_unpaired(loss) else "pairs"
+    text = f"{loss.title} on {amount(examples_in(pairs, unpaired=is_unpaired(loss)))} {kind}"
     return Size(f"{text}, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
 
 
@@ -37,7 +42,7 @@ def align(
     base: Artifact,
     pairs: Artifact,
     reference: Artifact,
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | UnpairedLoss,
     start: Artifact | None,
     held_out: int,
     trained_on: list[Artifact],
@@ -51,7 +56,7 @@ def align(
         out: receives the trained policy.
         policy: M_t, the start of training.
         base: M0, the base of an adapter.
-        pairs: pairs.jsonl.
+        pairs: pairs.jsonl, or labelled.jsonl for an unpaired loss, which takes both.
         reference: references.jsonl with the reference policy's log-probabilities of these pairs; or the reference
             policy itself, which then scores the pairs at every step.
         loss: one of `selfalign.losses.preference`.
@@ -69,12 +74,14 @@ def align(
         files, pairs, reference, start, loss, optimization.max_length, tally, mask_thought=optimization.mask_thought
     )
     examples = store_examples(out.scratch / "pairs", PairExample, encoded, tally)
-    training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
+    unpaired = is_unpaired(loss)
+    records = stream_labelled(pairs.path) if unpaired else stream_records(pairs.path / "pairs.jsonl", PreferencePair)
+    training, held, split = hold_out(examples, records, held_out, trained_on)
     checkpoints = selection.open(out, PolicyCheckpoint(base.path)) if selection else None
     steps = optimization.epochs * math.ceil(len(training) / optimization.batch_size)
     if selection and steps <= selection.interval_steps:
         logger.warning(
-            "%s: %d pairs give %d steps, so train.checkpoint_selection.interval_steps=%d has no two checkpoints to "
+            "%s: %d examples give %d steps, so train.checkpoint_selection.interval_steps=%d has no two checkpoints to "
             "compare, and the last is taken. Lower it",
             *(out.label, len(training), steps, selection.interval_steps),
         )
@@ -89,7 +96,7 @@ def align(
         checkpoints=checkpoints,
     )
     counts: Counts = {
-        catalog.PAIRS.name: len(training),
+        **(label_counts(training) if unpaired else {catalog.PAIRS.name: len(training)}),
         catalog.PROMPTS_CUT.name: examples.counts.get("cut", 0),
         catalog.PROMPTS_CUT_BEHIND_P.name: examples.counts.get("cut_behind_p", 0),
         **fault_counts(examples.counts),

@@ -12,7 +12,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, text_or_file
 from selfalign.core.jsonl import chunks, read_records, stream_records, write_records
 from selfalign.core.placeholders import check_template, fill
-from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
+from selfalign.core.records import Demonstration, Instruction, Prompt, RankedAnswers, Response
 from selfalign.data.questions import write_questions
 from selfalign.data.rouge import rouge_l
 from selfalign.data.text_filters import words_of
@@ -70,6 +70,10 @@ class DistortionConfig:
             raise SelfalignError(f"{key}.count must be 0 or more, got {self.count}")
         if not 0 < self.max_rouge_l <= 1:
             raise SelfalignError(f"{key}.max_rouge_l must be above 0 and at most 1, got {self.max_rouge_l}")
+
+    def ask(self, instruction: str) -> Prompt:
+        """Return the prompt that asks for a distorted instruction."""
+        return as_prompt(fill(self.prompt, {"instruction": instruction}))
 
 
 def size(*, config: DistortionConfig, seeds: Artifact, **others: object) -> Size:
@@ -177,7 +181,7 @@ def _distort(
 ) -> Iterator[tuple[Demonstration, Completion]]:
     """Yield the originals whose prompts fit into the context, each with what the policy wrote."""
     room = generator.context - config.sampling.longest
-    asked = [as_prompt(fill(config.prompt, {"instruction": _last_turn(one)})) for one in originals]
+    asked = [config.ask(_last_turn(one)) for one in originals]
     prompts = [encode_prompt(generator.tokenizer, prompt, OPENING) for prompt in asked]
     fitting = [(one, prompt) for one, prompt in zip(originals, prompts, strict=True) if len(prompt) <= room]
     drops["prompt_too_long"] += len(originals) - len(fitting)

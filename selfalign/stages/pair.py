@@ -1,20 +1,29 @@
-"""pair: responses + scores → preference pairs, or positives."""
+"""pair: responses + scores → preference pairs, labelled responses, or positives."""
 
 import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from msgspec import UNSET, to_builtins
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_json, digest_text
 from selfalign.core.jsonl import count_records, join_sorted, read_records, read_scores, stream_records, write_records
-from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response, ResponseScore
+from selfalign.core.records import (
+    Demonstration,
+    Instruction,
+    LabelledResponse,
+    PreferencePair,
+    Response,
+    ResponseScore,
+)
+from selfalign.data.labelled import LABELLED
 from selfalign.data.mixtures import DataSource
-from selfalign.data.pair_rules import PairRule, ScoredResponse, agreement, pick_pairs
+from selfalign.data.pair_rules import ROUNDING, PairRule, ScoredResponse, agreement, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_pairs
 from selfalign.data.tails import texts_asked_in
@@ -45,19 +54,73 @@ class PositivesOnly:
             raise SelfalignError(f"pair.minimum_examples must be 1 or more, got {self.minimum_examples}")
 
 
-def size(*, rule: PairRule | PositivesOnly, instructions: Artifact, responses: Artifact, **others: object) -> Size:
-    """Return the number of pairs or positives if none is dropped."""
+@dataclass(kw_only=True, slots=True)
+class Labels:
+    """Label each judged response as desirable or undesirable, for a loss that takes responses one by one (`loss=kto`).
+
+    Attributes:
+        threshold: responses with at least this mean score are desirable, and all others undesirable. null compares with
+            the mean score of all responses to the instruction: those above it are desirable, those below undesirable,
+            and those equal to it dropped.
+        finished_only: only responses that ended by themselves are labelled, not those cut at the token limit.
+        minimum_examples: the run stops with an error if there are fewer desirable or fewer undesirable responses.
+    """
+
+    threshold: float | None = None
+    finished_only: bool = False
+    minimum_examples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise SelfalignError(f"pair.threshold must be null or finite, got {self.threshold}")
+        if self.minimum_examples < 1:
+            raise SelfalignError(f"pair.minimum_examples must be 1 or more, got {self.minimum_examples}")
+
+    def label(
+        self, responses: Sequence[Response], scores: Mapping[str, float]
+    ) -> Iterator[tuple[Response, bool | str]]:
+        """Yield each response to an instruction with its label, or with the reason to drop it.
+
+        Args:
+            responses: all responses to the instruction.
+            scores: {response id: mean score} of those that have one.
+        """
+        middle = math.fsum(scores.values()) / len(scores) if self.threshold is None and scores else self.threshold
+        for response in responses:
+            score = scores.get(response.id)
+            if score is None or middle is None:
+                yield response, "unjudged"
+            elif self.finished_only and not response.finished:
+                yield response, "unfinished"
+            elif not response.text:
+                yield response, "empty_response"
+            elif self.threshold is None and abs(score - middle) <= ROUNDING:
+                yield response, "tie"
+            else:
+                yield response, score >= middle
+
+
+Rule = PairRule | PositivesOnly | Labels
+"""What makes training data of judged responses."""
+
+
+def size(*, rule: Rule, instructions: Artifact, responses: Artifact, **others: object) -> Size:
+    """Return the number of pairs, positives or labelled responses if none is dropped."""
     count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
-    positives = isinstance(rule, PositivesOnly)
-    most = answers if positives else count * rule.wanted(math.ceil(answers / count))
-    return Size(f"up to {most}", {"demonstrations" if positives else "pairs": most})
+    most = count * rule.wanted(math.ceil(answers / count)) if isinstance(rule, PairRule) else answers
+    return Size(f"up to {most}", {_file_of(rule): most})
+
+
+def _file_of(rule: Rule) -> str:
+    """Return the name of the file that a rule fills, without its ending."""
+    return "demonstrations" if isinstance(rule, PositivesOnly) else LABELLED if isinstance(rule, Labels) else "pairs"
 
 
 @stage(size=size)
 def pair(
     out: StageOutput,
     *,
-    rule: PairRule | PositivesOnly,
+    rule: Rule,
     instructions: Artifact,
     responses: Artifact,
     judgements: Artifact | None,
@@ -65,10 +128,10 @@ def pair(
     thought_prompt: str = "",
     second: Artifact | None = None,
 ) -> Counts:
-    """Turn scored responses into preference pairs or positives.
+    """Turn scored responses into preference pairs, labelled responses or positives.
 
     Args:
-        out: receives pairs.jsonl, or demonstrations.jsonl for positives.
+        out: receives pairs.jsonl, labelled.jsonl, or demonstrations.jsonl for positives.
         rule: selects the responses.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
@@ -78,7 +141,7 @@ def pair(
         second: scores.jsonl of a second judge, for `rule.consistency`.
 
     Raises:
-        SelfalignError: too few pairs or positives are left; the drops are counted by reason.
+        SelfalignError: too few are left; the drops are counted by reason.
     """
     if judgements is not None:
         groups = read_groups(instructions, responses, judgements)
@@ -91,6 +154,8 @@ def pair(
         tally.consistency = Consistency.of(seen, read_scores(second.path), each=rule.consistency == "each")
     if isinstance(rule, PositivesOnly):
         counts = _keep_positives(out, rule, tally.count_groups(groups), tally, thought_prompt)
+    elif isinstance(rule, Labels):
+        counts = _keep_labelled(out, rule, tally.count_groups(groups), tally, thought_prompt)
     else:
         counts = _keep_pairs(out, rule, tally.count_groups(groups), tally, seed, thought_prompt)
     if judgements is None:
@@ -336,34 +401,42 @@ def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[P
 
 def size_of_gathered(*, parts: list[Artifact]) -> Size:
     """Return the number of pairs or demonstrations of all parts."""
-    counts = {name: sum(records_in(part, name) for part in parts) for name in ("pairs", "demonstrations")}
-    name = "pairs" if counts["pairs"] else "demonstrations"
+    counts = {name: sum(records_in(part, name) for part in parts) for name in GATHERED}
+    name = next((name for name, count in counts.items() if count), "demonstrations")
     return Size(f"{amount(counts[name])} {name} of {len(parts)} parts", {name: counts[name]})
+
+
+GATHERED: dict[str, tuple[type[Any], catalog.Metric]] = {
+    "pairs": (PreferencePair, catalog.PAIRS),
+    LABELLED: (LabelledResponse, catalog.LABELLED),
+    "demonstrations": (Demonstration, catalog.DEMONSTRATIONS),
+}
+"""{file that is gathered, without its ending: (its records, their number)}."""
 
 
 @stage(size=size_of_gathered)
 def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
-    """Join the pairs or positives of several iterations, the earliest first, or pairs of several kinds.
+    """Join the pairs, labelled responses or positives of several iterations, the earliest first, or several kinds of
+    pairs.
 
     A record whose id an earlier part has, as rows of two given files may, is named by its content.
 
     Args:
-        out: receives pairs.jsonl, or demonstrations.jsonl for positives.
+        out: receives the file of the parts: pairs.jsonl, labelled.jsonl, or demonstrations.jsonl for positives.
         parts: artifacts of `pair`, `meta_judge` and `replay_pairs`. Before positives there may be M1's demonstrations.
             Only pairs of judgements may be none.
     """
-    names = {"pairs": PreferencePair, "demonstrations": Demonstration}
-    name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
+    name = next(name for name in GATHERED if (parts[0].path / f"{name}.jsonl").exists())
+    kind, metric = GATHERED[name]
     known: set[str] = set()
 
-    def gathered() -> Iterator[Demonstration | PreferencePair]:
+    def gathered() -> Iterator[Any]:
         for file in (part.path / f"{name}.jsonl" for part in parts):
-            for record in stream_records(file, names[name]) if file.stat().st_size else ():
+            for record in stream_records(file, kind) if file.stat().st_size else ():
                 yield replace(record, id=digest_json(to_builtins(record))[:16]) if record.id in known else record
                 known.add(record.id)
 
     write_records(out.path / f"{name}.jsonl", gathered())
-    metric = catalog.PAIRS if name == "pairs" else catalog.DEMONSTRATIONS
     return {metric.name: count_records(out.path / f"{name}.jsonl")}
 
 
@@ -441,6 +514,46 @@ def _keep_positives(
 
     write_records(out.path / "demonstrations.jsonl", positives())
     return {catalog.POSITIVES.name: kept, "dropped": dict(sorted(tally.drops.items()))}
+
+
+def _keep_labelled(
+    out: StageOutput, rule: Labels, groups: Iterable[InstructionGroup], tally: PairCounts, thought_prompt: str
+) -> Counts:
+    kept = Counter[bool]()
+
+    def labelled() -> Iterator[LabelledResponse]:
+        for group in groups:
+            for response, label in rule.label(group.responses, group.scores):
+                if isinstance(label, str):
+                    tally.drops[label] += 1
+                    continue
+                kept[label] += 1
+                yield LabelledResponse(
+                    id=response.id,
+                    prompt=group.instruction.prompt,
+                    response=response.text,
+                    desirable=label,
+                    score=group.scores[response.id],
+                    finished=response.finished,
+                    instruction_id=group.instruction.id,
+                    response_id=response.id,
+                    ids=response.ids,
+                    thought=response.thought,
+                    thought_prompt=thought_prompt,
+                )
+        if min(kept[True], kept[False]) < rule.minimum_examples:
+            raise SelfalignError(
+                f"{out.label}: {kept[True]} desirable and {kept[False]} undesirable responses, of one kind fewer than "
+                f"pair.minimum_examples={rule.minimum_examples} (dropped: {dict(tally.drops)}). If the judge ties too "
+                "often, use evaluation fine-tuning or judge=expected_score; else set another pair.threshold, or null"
+            )
+
+    write_records(out.path / f"{LABELLED}.jsonl", labelled())
+    return {
+        catalog.LABELLED.name: kept.total(),
+        catalog.DESIRABLE.name: kept[True],
+        "dropped": dict(sorted(tally.drops.items())),
+    }
 
 
 def _reason_to_drop(response: Response, score: float | None, rule: PositivesOnly) -> str | None:

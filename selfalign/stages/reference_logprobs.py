@@ -2,24 +2,27 @@
 
 from collections import Counter
 
-from selfalign.core.jsonl import chunks, count_records, stream_records, write_records
+from selfalign.core.jsonl import chunks, stream_records, write_records
 from selfalign.core.records import PairReference, PreferencePair
+from selfalign.data.labelled import stream_labelled
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics import catalog
 from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.labelled import encode_labelled
 from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import fault_counts
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
-from selfalign.store.stage import Size, amount, records_in, stage
+from selfalign.store.stage import Size, amount, stage
 from selfalign.training.config import LogProbSettings
+from selfalign.training.unpaired import examples_in
 
 
-def size(*, pairs: Artifact, augmentation: Refinement | None, **others: object) -> Size:
-    """Return the number of pairs."""
-    count = records_in(pairs, "pairs")
-    return Size(f"log-probabilities of {amount(count)} pairs given x{' and p⊕x' * (augmentation is not None)}", {})
+def size(*, pairs: Artifact, augmentation: Refinement | None, unpaired: bool = False, **others: object) -> Size:
+    """Return the number of pairs, or of labelled responses."""
+    count, kind = amount(examples_in(pairs, unpaired=unpaired)), "labelled responses" if unpaired else "pairs"
+    return Size(f"log-probabilities of {count} {kind} given x{' and p⊕x' * (augmentation is not None)}", {})
 
 
 @stage(size=size, all_ranks=True)
@@ -30,6 +33,7 @@ def reference_logprobs(
     pairs: Artifact,
     augmentation: Refinement | None,
     precision: LogProbSettings,
+    unpaired: bool = False,
 ) -> Counts:
     """Compute log-probabilities of every pair under a policy, given x and, for the Sr losses, given p⊕x.
 
@@ -39,27 +43,25 @@ def reference_logprobs(
         pairs: pairs.jsonl.
         augmentation: p; None if the loss has no second pass.
         precision: the settings of training, so that the policy's values agree at the first step.
+        unpaired: whether the pairs, or the responses of labelled.jsonl, are scored as labelled responses, each beside
+            the response to another prompt.
     """
     loaded = PolicyCheckpoint(policy.path).load(precision.dtype, keep_adapter=True)
     scorer = LogProbScorer(loaded, precision.max_batch_tokens, autocast=precision.autocast)
-    file, tally = pairs.path / "pairs.jsonl", Counter[str]()
-    records = stream_records(file, PreferencePair)
-    examples = encode_pairs(
-        loaded.tokenizer,
-        records,
-        augmentation,
-        precision.max_length,
-        tally,
-        loaded.context,
-        mask_thought=precision.mask_thought,
-    )
+    tokenizer, tally = loaded.tokenizer, Counter[str]()
+    limit, settings = precision.max_length, {"mask_thought": precision.mask_thought}
+    if unpaired:
+        examples = encode_labelled(tokenizer, stream_labelled(pairs.path), limit, tally, **settings)
+    else:
+        records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
+        examples = encode_pairs(tokenizer, records, augmentation, limit, tally, loaded.context, **settings)
     responses = 4 if augmentation else 2
-    with out.journal(responses * count_records(file), "responses") as journal:
+    with out.journal(responses * examples_in(pairs, unpaired=unpaired), "responses") as journal:
         references = (record for chunk in chunks(examples) for record in _score(scorer, journal, chunk))
         write_records(out.path / "references.jsonl", references)
         journal.advance(responses * tally["too_long"])
     return {
-        catalog.PAIRS.name: tally["pairs"],
+        **({catalog.LABELLED.name: tally["labelled"]} if unpaired else {catalog.PAIRS.name: tally["pairs"]}),
         catalog.PROMPTS_CUT.name: tally["cut"],
         catalog.PROMPTS_CUT_BEHIND_P.name: tally["cut_behind_p"],
         **fault_counts(tally),

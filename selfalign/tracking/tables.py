@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from selfalign.core.jsonl import join_sorted
-from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
+from selfalign.core.records import Demonstration, Instruction, LabelledResponse, PreferencePair, Response
 from selfalign.data.tails import tails_of
 from selfalign.data.turns import as_text, said
 from selfalign.runs.labels import Kind, Label
@@ -57,10 +57,14 @@ def scores(folder: Path, label: Label) -> Rows:
 
 
 def pairs(folder: Path, label: Label) -> Rows:
-    """Yield the preference pairs, or the positives, which have no rejected response."""
+    """Yield the preference pairs; labelled responses and positives stand alone, on the side that they are on."""
     for pair in stream_artifact(folder, label.sibling("pairs"), PreferencePair):
         chosen, rejected = (tail.as_text() for tail in tails_of(pair))
         yield as_text(pair.prompt), chosen, rejected, pair.chosen_score, pair.rejected_score
+    for one in stream_artifact(folder, label.sibling("pairs"), LabelledResponse):
+        [text], nothing = (tail.as_text() for tail in tails_of(one)), None
+        sides = (text, nothing, one.score, nothing) if one.desirable else (nothing, text, nothing, one.score)
+        yield as_text(one.prompt), *sides
     for positive in stream_artifact(folder, label.sibling("pairs"), Demonstration):
         yield as_text(positive.prompt), said(positive.response, positive.response_calls), None, None, None
 

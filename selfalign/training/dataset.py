@@ -112,4 +112,5 @@ def arrow_type(kind: Any) -> "pa.DataType":
     if get_origin(kind) is list:
         return pa.list_(arrow_type(*get_args(kind)))
     options = [option for option in get_args(kind) if option is not NoneType]
-    return arrow_type(*options) if options else {str: pa.string(), int: pa.int32(), float: pa.float64()}[kind]
+    scalars = {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
+    return arrow_type(*options) if options else scalars[kind]

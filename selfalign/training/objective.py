@@ -1,17 +1,24 @@
 """Objectives of training: the protocol of objectives and examples, and the likelihood of SFT."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import chunks
 from selfalign.losses.logps import PairLogps
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Mean, Sums
-from selfalign.models.batches import Batch, SharedPrompt, make_batch
-from selfalign.training.parallelism import Microbatch, unwrap
+from selfalign.metrics.accumulate import Mean, Sums, add_sums
+from selfalign.models.batches import Batch, S, SharedPrompt, make_batch
+from selfalign.models.checkpoint import Policy, autocast
+from selfalign.training.config import Optimization
+from selfalign.training.parallelism import Microbatch, local_microbatches, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,12 +135,69 @@ def by_pair(batch: Batch, logps: Tensor) -> PairLogps:
     return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])
 
 
+def check_start(beta: float, dtype: str, distance: float, loss_distance: float) -> None:
+    """Check that a policy that starts as its reference has rewards of 0 and the loss of these at the first step.
+
+    Args:
+        beta: of the rewards.
+        dtype: of multiplications, which sets the tolerance.
+        distance: the largest absolute value that must be 0, in units of reward.
+        loss_distance: the largest relative distance of a loss from its known value.
+
+    Raises:
+        SelfalignError: a distance is too large. The message names the likely causes.
+    """
+    coarse = dtype == "bfloat16"
+    if distance > beta * (1.0 if coarse else 1e-2) or loss_distance > (0.5 if coarse else 0.05):
+        raise SelfalignError(
+            "the policy does not start as its reference: at the first step a reward or refinement is "
+            f"{distance:.3g} away from 0, and the loss {loss_distance:.1%} from its known value. Likely causes: "
+            "dropout is active, policy and reference were loaded in different dtypes, or the stored reference "
+            "belongs to other weights or token ids"
+        )
+
+
 @torch.no_grad()
-def frozen_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
-    """Compute `pair_logps` without gradient and dropout."""
+def sum_over(
+    policy: Policy, examples: Sequence[S], optimization: Optimization, measure: Callable[[list[S]], Sums]
+) -> Sums:
+    """Return the sums of a measurement of a trained policy over all examples.
+
+    Every process measures its share, with autocast as in training, and returns the sums over all.
+
+    Args:
+        policy: the policy.
+        examples: tokenised examples.
+        optimization: sizes and dtype.
+        measure: returns the sums over the examples of one forward pass.
+    """
+    sums: Sums = {}
+    policy.model.eval()
+    for part in (
+        part
+        for chunk in chunks(examples)
+        for part in local_microbatches(policy.model, chunk, optimization.microbatch_tokens)
+    ):
+        with autocast(policy.model.device, optimization.compute_dtype):
+            measured = measure(part.examples)
+        if not part.repeated:
+            sums = add_sums(sums, measured)
+    return reduce(add_sums, distributed.gather(sums))
+
+
+@contextmanager
+def frozen(model: "PreTrainedModel") -> Iterator[None]:
+    """Compute without gradient and dropout inside the block."""
     training = model.training
     model.eval()
     try:
-        return pair_logps(model, groups)
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
+
+
+def frozen_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
+    """Compute `pair_logps` without gradient and dropout."""
+    with frozen(model):
+        return pair_logps(model, groups)

@@ -4,17 +4,18 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
-from selfalign.core.jsonl import chunks, stream_records
+from selfalign.core.jsonl import stream_records
 from selfalign.core.records import PreferencePair
+from selfalign.data.labelled import stream_labelled
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import rewards
 from selfalign.losses.protocol import (
@@ -22,9 +23,11 @@ from selfalign.losses.protocol import (
     PreferenceLoss,
     RefinedLoss,
     SmoothedLoss,
+    UnpairedLoss,
     augmentation_of,
     cannot_train,
     is_refined,
+    is_unpaired,
     loss_during,
     misfit,
     reference_augmentation_of,
@@ -32,33 +35,43 @@ from selfalign.losses.protocol import (
 )
 from selfalign.losses.refinement import Normalisation
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Mean, Moments, Sums, add_sums
+from selfalign.metrics.accumulate import Mean, Moments, Sums
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
 from selfalign.models.batches import PairExample, encode_pairs
-from selfalign.models.checkpoint import Policy, PolicyCheckpoint, autocast
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
+from selfalign.models.labelled import encode_labelled
 from selfalign.store.artifacts import Artifact
 from selfalign.training.config import Optimization, TrainableWeights
-from selfalign.training.objective import ObjectiveOutput, by_pair, forward, frozen_logps, pair_logps
-from selfalign.training.parallelism import Microbatch, local_microbatches, unwrap
+from selfalign.training.objective import (
+    ObjectiveOutput,
+    by_pair,
+    check_start,
+    forward,
+    frozen_logps,
+    pair_logps,
+    sum_over,
+)
+from selfalign.training.parallelism import Microbatch, unwrap
 from selfalign.training.reference import References, StoredReferences, groups_of, join_references, open_references
+from selfalign.training.unpaired import Unpaired
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def open_objective(
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | UnpairedLoss,
     policy: Artifact,
     base: Artifact,
     reference: Artifact,
     start: Artifact | None,
     optimization: Optimization,
     weights: TrainableWeights,
-) -> "Preference":
+) -> "Preference | Unpaired":
     """Make the objective of an alignment, with its reference log-probabilities.
 
     Args:
-        loss: one of `selfalign.losses.preference`.
+        loss: one of `selfalign.losses.preference`, of pairs or of labelled responses.
         policy: M_t, the start of training.
         base: M0, the base of an adapter.
         reference: stored log-probabilities of the reference policy, or that policy itself.
@@ -68,13 +81,12 @@ def open_objective(
     """
     references = open_references(reference, base, weights)
     is_reference = start is None and (isinstance(references, StoredReferences) or reference.digest == policy.digest)
-    return Preference(
-        loss,
-        references,
-        starts_as_reference=is_reference and not optimization.dropout,
-        dtype="bfloat16" if "bfloat16" in (optimization.compute_dtype, weights.dtype) else "float32",
-        start=StoredReferences("start") if start else references if is_reference else None,
-    )
+    known = is_reference and not optimization.dropout
+    dtype = "bfloat16" if "bfloat16" in (optimization.compute_dtype, weights.dtype) else "float32"
+    before = StoredReferences("start") if start else references if is_reference else None
+    if is_unpaired(loss):
+        return Unpaired(loss, references, known, dtype, before)
+    return Preference(cast(PreferenceLoss, loss), references, known, dtype, before)
 
 
 def encode_preferences(
@@ -82,30 +94,34 @@ def encode_preferences(
     pairs: Artifact,
     reference: Artifact,
     start: Artifact | None,
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | UnpairedLoss,
     limit: int,
     tally: Counter[str],
     *,
     mask_thought: bool = False,
 ) -> Iterator[PairExample]:
-    """Tokenise pairs one by one, and join them with their stored log-probabilities.
+    """Tokenise pairs or labelled responses one by one, and join them with their stored log-probabilities.
 
     Args:
         policy: the checkpoint whose tokenizer and context are used.
-        pairs: pairs.jsonl.
+        pairs: pairs.jsonl, or labelled.jsonl for an unpaired loss, which takes both.
         reference: references.jsonl; or the reference policy, which has no stored log-probabilities.
         start: references.jsonl of M_t, or None.
         loss: the loss, which declares whether pairs need p⊕x or scores.
         limit: the longest prompt with a response, in tokens.
-        tally: receives the counts of `encode_pairs`.
+        tally: receives the counts of `encode_pairs` or `encode_labelled`.
         mask_thought: whether thoughts are read without being scored.
 
     Raises:
         SelfalignError: no pair fits, a pair has no stored log-probabilities, or the loss cannot train on it.
     """
-    records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
-    tokenizer, p = policy.load_tokenizer(), augmentation_of(loss)
-    examples = encode_pairs(tokenizer, records, p, limit, tally, policy.context, mask_thought=mask_thought)
+    tokenizer = policy.load_tokenizer()
+    if is_unpaired(loss):
+        labelled = stream_labelled(pairs.path)
+        examples = encode_labelled(tokenizer, labelled, limit, tally, mask_thought=mask_thought)
+    else:
+        records, p = stream_records(pairs.path / "pairs.jsonl", PreferencePair), augmentation_of(loss)
+        examples = encode_pairs(tokenizer, records, p, limit, tally, policy.context, mask_thought=mask_thought)
     for role, artifact in (("reference", reference), ("start", start)):
         if artifact is not None and (file := artifact.path / "references.jsonl").exists():
             examples = join_references(examples, file, role)
@@ -261,39 +277,19 @@ class Preference:
         Raises:
             SelfalignError: a distance is too large. The message names the likely causes.
         """
-        if not self.starts_as_reference:
-            return
-        coarse = self.dtype == "bfloat16"
-        if distance > self.loss.beta * (1.0 if coarse else 1e-2) or loss_distance > (0.5 if coarse else 0.05):
-            raise SelfalignError(
-                "the policy does not start as its reference: at the first step a reward or refinement is "
-                f"{distance:.3g} away from 0, and the loss {loss_distance:.1%} from its known value. Likely causes: "
-                "dropout is active, policy and reference were loaded in different dtypes, or the stored reference "
-                "belongs to other weights or token ids"
-            )
+        if self.starts_as_reference:
+            check_start(self.loss.beta, self.dtype, distance, loss_distance)
 
-    @torch.no_grad()
     def measure(self, policy: Policy, examples: Sequence[PairExample], optimization: Optimization) -> Sums:
-        """Compute the reward metrics of a trained policy over pairs, and its changes from M_t.
+        """Compute the reward metrics of a trained policy over pairs, and its changes from M_t; see `sum_over`."""
+        return sum_over(policy, examples, optimization, partial(self._measure, policy.model))
 
-        Every process measures its share of the pairs and returns the sums over all pairs.
-        """
-        sums: Sums = {}
-        policy.model.eval()
-        for part in (
-            part
-            for chunk in chunks(examples)
-            for part in local_microbatches(policy.model, chunk, optimization.microbatch_tokens)
-        ):
-            with autocast(policy.model.device, optimization.compute_dtype):
-                logps = pair_logps(policy.model, groups_of(part.examples))
-                reference = self.references(policy.model, part.examples)
-                offset = self.offset(policy.model, part.examples, logps, reference)
-                start = self.start(policy.model, part.examples) if self.start else None
-            if not part.repeated:
-                sums = add_sums(sums, self.reward_metrics(logps, reference, offset))
-                sums = add_sums(sums, self.drift(logps, reference, start))
-        return reduce(add_sums, distributed.gather(sums))
+    def _measure(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Sums:
+        logps = pair_logps(model, groups_of(examples))
+        reference = self.references(model, examples)
+        offset = self.offset(model, examples, logps, reference)
+        start = self.start(model, examples) if self.start else None
+        return {**self.reward_metrics(logps, reference, offset), **self.drift(logps, reference, start)}
 
     def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps | None) -> Sums:
         """Return the changes of log-probabilities from M_t, and the correlation of rewards with length, as sums."""
@@ -325,7 +321,7 @@ class Preference:
         )
 
 
-def check_pairs(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
+def check_pairs(loss: PreferenceLoss | UnpairedLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
     """Yield the pairs unchanged, and check that the loss can train on them.
 
     Raises:

@@ -18,7 +18,8 @@ import numpy as np
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import HasId, stream_records
-from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
+from selfalign.core.records import Demonstration, LabelledResponse, PreferencePair, Prompt, RankedAnswers
+from selfalign.data.labelled import LABELLED
 from selfalign.data.tails import tails_of, texts_asked_in
 from selfalign.data.turns import as_text, compared, said, texts_in, turn_text, without_system
 from selfalign.store.artifacts import Artifact
@@ -58,8 +59,8 @@ def texts_of(prompt: Prompt, *responses: str) -> Texts:
     return Texts([_digest("prompt", as_text(asked)), *(_digest("response", text) for text in responses)], context)
 
 
-def texts_of_pair(pair: PreferencePair) -> Texts:
-    """Return the digests of a pair, with each answer and each prompt in its tails."""
+def texts_of_pair(pair: PreferencePair | LabelledResponse) -> Texts:
+    """Return the digests of a pair or a labelled response, with each answer and each prompt in its tails."""
     tails = tails_of(pair)
     texts = texts_of(pair.prompt, *(said(tail.text, tail.calls) for tail in tails))
     turns = [] if isinstance(pair.prompt, str) else without_system(pair.prompt)
@@ -120,6 +121,8 @@ def _stream_texts(folder: Path) -> Iterator[Texts]:
         yield texts_of(demonstration.prompt, said(demonstration.response, demonstration.response_calls))
     for pair in _stream(folder / "pairs.jsonl", PreferencePair):
         yield texts_of_pair(pair)
+    for response in _stream(folder / f"{LABELLED}.jsonl", LabelledResponse):
+        yield texts_of_pair(response)
 
 
 def prompts_of(artifact: Artifact) -> Iterator[str]:
@@ -128,6 +131,8 @@ def prompts_of(artifact: Artifact) -> Iterator[str]:
         yield from texts_in(demonstration.prompt)
     for pair in _stream(artifact.path / "pairs.jsonl", PreferencePair):
         yield from texts_asked_in(pair)
+    for response in _stream(artifact.path / f"{LABELLED}.jsonl", LabelledResponse):
+        yield from texts_asked_in(response)
 
 
 def _stream(path: Path, kind: type[E]) -> Iterator[E]:
@@ -152,7 +157,7 @@ class Split:
     passed_over: int
 
 
-def split_pairs(pairs: Iterable[PreferencePair], count: int, known: KnownTexts) -> Split:
+def split_pairs(pairs: Iterable[PreferencePair | LabelledResponse], count: int, known: KnownTexts) -> Split:
     """Hold out pairs that share no text with one another, with the training pairs, or with `known`.
 
     Pairs that share a text with a held-out pair are used for nothing. These include all other pairs of its instruction,
@@ -191,13 +196,16 @@ def split_pairs(pairs: Iterable[PreferencePair], count: int, known: KnownTexts) 
 
 
 def hold_out(
-    examples: StoredExamples[E], file: Path, count: int, trained_on: Sequence[Artifact]
+    examples: StoredExamples[E],
+    records: Iterator[PreferencePair] | Iterator[LabelledResponse],
+    count: int,
+    trained_on: Sequence[Artifact],
 ) -> tuple[StoredExamples[E], StoredExamples[E], Split | None]:
-    """Split pairs into training and held-out pairs.
+    """Split pairs, or labelled responses, into training and held-out ones.
 
     Args:
         examples: the pairs that are not too long.
-        file: pairs.jsonl with their texts, in the same order.
+        records: the pairs with their texts, in the same order.
         count: number of pairs to hold out.
         trained_on: artifacts that the policy was trained on before.
 
@@ -209,7 +217,6 @@ def hold_out(
     """
     if not count:
         return examples, examples.take([]), None
-    records = stream_records(file, PreferencePair)
     fitting = (next(pair for pair in records if pair.id == name) for name in examples.ids())
     split = split_pairs(fitting, count, KnownTexts.of(trained_on))
     return examples.take(split.training), examples.take(split.held_out), split
@@ -221,7 +228,7 @@ class _Table:
 
     Attributes:
         own: digests of prompt, chosen and rejected response, shape (pairs, 3 or more): if tails have several turns, the
-            digests of those too. A row that has fewer repeats its prompt's.
+            digests of those too. A row that has fewer, as that of a labelled response, repeats its prompt's.
         context: digests of the contexts of the dialogues, of all pairs one after the other.
         ends: index of the end of each pair's part of `context`, shape (pairs,).
         order: digest of each pair's id, shape (pairs,).
@@ -233,13 +240,14 @@ class _Table:
     order: Digests
 
     @classmethod
-    def of(cls, pairs: Iterable[PreferencePair]) -> "_Table":
+    def of(cls, pairs: Iterable[PreferencePair | LabelledResponse]) -> "_Table":
         own, context, ends, order = array("Q"), array("Q"), array("q"), array("Q")
         longer: dict[int, list[int]] = {}
         for row, pair in enumerate(pairs):
             texts = texts_of_pair(pair)
-            own.extend(texts.own[:3])
-            if more := texts.own[3:]:
+            width = len(tails_of(pair)) + 1
+            own.extend([*texts.own[:width], texts.own[0]][:3])
+            if more := texts.own[width:]:
                 longer[row] = more
             context.extend(texts.context)
             ends.append(len(context))

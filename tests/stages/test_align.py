@@ -29,11 +29,20 @@ from scipy import stats
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
+from selfalign.data.labelled import sides_of
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO, log_ratio_margin
-from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, reference_augmentation_of, refinement_of
+from selfalign.losses.preference import DPO, IPO, KTO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO, log_ratio_margin
+from selfalign.losses.protocol import (
+    Offset,
+    PreferenceLoss,
+    UnpairedLoss,
+    augmentation_of,
+    is_unpaired,
+    reference_augmentation_of,
+    refinement_of,
+)
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
@@ -86,7 +95,7 @@ def direct_logps(policy: PolicyCheckpoint, pair: PreferencePair) -> tuple[float,
 def aligned(
     folder: Path,
     policy: PolicyCheckpoint,
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | UnpairedLoss,
     *,
     judged_by: PolicyCheckpoint | None = None,
     rank: int = 0,
@@ -111,6 +120,7 @@ def aligned(
             pairs=given,
             augmentation=reference_augmentation_of(loss),
             precision=optimised.logprob_settings(kept_in),
+            unpaired=is_unpaired(loss),
         )
     rows: list[dict] = []
     out = workspace(folder / "out", rows)
@@ -162,7 +172,7 @@ def test_rewards_are_correlated_with_length_over_both_responses(tmp_path: Path, 
     assert counts["rewards/length_correlation"] == pytest.approx(stats.pearsonr(rewards, tokens).statistic, abs=1e-3)
 
 
-START = "start = self.start(policy.model, part.examples) if self.start else None"
+START = "start = self.start(model, examples) if self.start else None"
 CHANGES = partial(test_changes_are_from_the_start_of_the_alignment_whatever_the_reference_is, older=True)
 
 
@@ -711,6 +721,95 @@ def test_live_reference_trains_as_the_stored_one(tmp_path: Path, tiny_policy: Po
     kind = AdapterSwitchedOff if rank else SecondModel
     base = policy_artifact(tiny_policy)
     assert isinstance(open_references(base, base, weights(0, rank)), kind)
+
+
+def kto_by_hand(
+    policy: PolicyCheckpoint, reference: PolicyCheckpoint, pairs: list[PreferencePair], beta: float
+) -> tuple[float, float, list[float], list[float]]:
+    """(mean loss, z₀ before it is raised to 0, r of chosen and of rejected responses), from full logits.
+
+    A pair's chosen response stands behind the next pair's prompt, and so does its rejected one.
+    """
+    r, others = [[], []], []
+    for pair, following in zip(pairs, [*pairs[1:], pairs[0]], strict=True):
+        mismatched = replace(pair, chosen=following.chosen, rejected=following.rejected)
+        own, beside = (
+            [a - b for a, b in zip(direct_logps(policy, one), direct_logps(reference, one), strict=True)]
+            for one in (pair, mismatched)
+        )
+        others += beside
+        for side, value in zip(r, own, strict=True):
+            side.append(value)
+    divergence = sum(others) / len(others)
+    gains = [[beta * (value - max(0.0, divergence)) for value in side] for side in r]
+    losses = [1 / (1 + math.exp(one)) for one in gains[0]] + [1 / (1 + math.exp(-one)) for one in gains[1]]
+    return sum(losses) / len(losses), divergence, *r
+
+
+@pytest.mark.parametrize("nudge", [0.02, 0.05])
+def test_kto_on_the_sides_of_pairs_is_that_of_full_logits(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, nudge: float
+) -> None:
+    """In passes of one response or of all, with stored reference values or a reference that scores at every step."""
+    other = nudged_policy(tiny_policy, tmp_path / "other", nudge)
+    expected, divergence, chosen, rejected = kto_by_hand(tiny_policy, other, PAIRS, 0.3)
+    live = policy_artifact(other)
+    given = {"judged_by": other, "starts_as_reference": False, "batch_size": 8, "epochs": 1}
+    first: dict[str, torch.Tensor] = {}
+    for name, more in (("whole", {}), ("cut", {"microbatch_tokens": 1}), ("live", {"references": live})):
+        _, policy, rows = aligned(tmp_path / name, tiny_policy, KTO(beta=0.3), **given, **more)
+        assert rows[0]["loss"] == pytest.approx(expected, rel=1e-4), name
+        assert rows[0]["kl"] == pytest.approx(divergence, rel=1e-3, abs=1e-3)
+        assert rows[0]["rewards/chosen"] == pytest.approx(0.3 * sum(chosen) / 4, rel=1e-3, abs=1e-3)
+        assert rows[0]["rewards/rejected"] == pytest.approx(0.3 * sum(rejected) / 4, rel=1e-3, abs=1e-3)
+        weights_of = load_file(policy.path / "weights/model.safetensors")
+        first = first or weights_of
+        for key, value in weights_of.items():
+            torch.testing.assert_close(value, first[key], rtol=0, atol=3e-5)
+
+
+def test_kto_begins_at_half_of_each_weight_raises_desirable_responses_and_lowers_the_others(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    loss = KTO(beta=0.3, desirable_weight=1.4, undesirable_weight=0.6)
+    counts, policy, rows = aligned(tmp_path, tiny_policy, loss, batch_size=8)
+    assert rows[0]["loss"] == pytest.approx((1.4 / 2 + 0.6 / 2) / 2, rel=1e-3)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (counts["labelled"], counts["desirable"]) == (8, 4)
+    assert "pairs" not in counts
+    _, divergence, chosen, rejected = kto_by_hand(policy, tiny_policy, PAIRS, 0.3)
+    assert counts["rewards/chosen"] == pytest.approx(0.3 * sum(chosen) / 4, abs=1e-3)
+    assert counts["rewards/rejected"] == pytest.approx(0.3 * sum(rejected) / 4, abs=1e-3)
+    assert counts["rewards/margins"] == pytest.approx(counts["rewards/chosen"] - counts["rewards/rejected"], abs=1e-5)
+    assert counts["logps/chosen_change"] == pytest.approx(sum(chosen) / 4, abs=3e-3)
+    assert counts["kl"] == pytest.approx(divergence, abs=3e-3)
+    assert counts["rewards/chosen"] > counts["rewards/rejected"]
+
+
+def test_kto_refuses_a_policy_that_does_not_start_as_its_reference(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    other = nudged_policy(tiny_policy, tmp_path / "other", 0.05)
+    with pytest.raises(SelfalignError, match="the policy does not start as its reference"):
+        aligned(tmp_path / "out", tiny_policy, KTO(beta=0.3), judged_by=other)
+
+
+def test_held_out_labelled_responses_are_measured_and_their_instructions_not_trained_on(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    """Of each held-out pair one side is measured, and the other one left out beside it."""
+    counts, policy, _ = aligned(tmp_path, tiny_policy, KTO(beta=0.3), held_out=2, batch_size=8)
+    assert (counts["labelled"], counts["validation_pairs"]) == (4, 2)
+    assert counts["dropped"] == {"too_long": 0, "beside_held_out": 2}
+    sides = [one for pair in PAIRS for one in sides_of(pair)]
+    held = [sides[n] for n in split_pairs(sides, 2, KnownTexts.of([])).held_out]
+    place = {pair.id: number for number, pair in enumerate(PAIRS)}
+    _, _, chosen, rejected = kto_by_hand(policy, tiny_policy, PAIRS, 0.3)
+    for name, r, label in (("chosen", chosen, True), ("rejected", rejected, False)):
+        values = [0.3 * r[place[one.id.split("/")[0]]] for one in held if one.desirable is label]
+        assert (f"held_out/rewards/{name}" in counts) == bool(values)
+        if values:
+            assert counts[f"held_out/rewards/{name}"] == pytest.approx(sum(values) / len(values), abs=1e-3)
 
 
 def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:

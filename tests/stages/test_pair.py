@@ -14,6 +14,7 @@ from selfalign.core.records import (
     Demonstration,
     FinishReason,
     Instruction,
+    LabelledResponse,
     Message,
     PreferencePair,
     Response,
@@ -22,7 +23,7 @@ from selfalign.core.records import (
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.data.turns import as_prompt, as_text
 from selfalign.stages import pair as module
-from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair, replay_pairs
+from selfalign.stages.pair import Labels, PositivesOnly, Rule, gather_pairs, given_pairs, pair, replay_pairs
 
 Scores = dict[str, list[float | None]]
 """{response id: the scores of its judgements}."""
@@ -31,7 +32,7 @@ Scores = dict[str, list[float | None]]
 def made(
     folder: Path,
     scores: Scores,
-    rule: PairRule | PositivesOnly | None = None,
+    rule: Rule | None = None,
     answers: list[Response] | None = None,
     seed: int = 0,
     second: dict[str, float] | None = None,
@@ -55,8 +56,8 @@ def made(
         seed=seed,
         second=None if second is None else records_artifact(folder / "second", scores=scored(second)),
     )
-    kind = Demonstration if isinstance(rule, PositivesOnly) else PreferencePair
-    name = "demonstrations" if isinstance(rule, PositivesOnly) else "pairs"
+    kinds = {PositivesOnly: ("demonstrations", Demonstration), Labels: ("labelled", LabelledResponse)}
+    name, kind = kinds.get(type(rule), ("pairs", PreferencePair))
     return counts, read_records(folder / "out" / f"{name}.jsonl", kind)
 
 
@@ -280,6 +281,7 @@ def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
     for rule, name, kind in (
         (BestWorst(), "pairs", PreferencePair),
         (PositivesOnly(minimum_score=2), "demonstrations", Demonstration),
+        (Labels(), "labelled", LabelledResponse),
     ):
         folder = tmp_path / name
         parts = [made(folder / str(n), given, rule)[1] for n, given in enumerate(scores)]
@@ -395,6 +397,51 @@ def test_every_response_is_a_positive_or_counted_as_dropped(tmp_path: Path) -> N
 def test_too_few_positives_stop_the_run_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(SelfalignError, match=r"1 responses score 5.0 or more.*minimum_examples=2.*'low_score': 1"):
         made(tmp_path, {"a-1": [5], "a-2": [4.9]}, PositivesOnly(minimum_examples=2))
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def test_responses_above_the_mean_of_their_instruction_are_desirable_and_those_below_undesirable(
+    tmp_path: Path,
+) -> None:
+    """The means are 3 and 2; one that equals it, and one without a score, are neither."""
+    scores: Scores = {"a-1": [1, 2], "a-2": [5], "a-3": [3], "a-4": [2.5], "b-1": [1], "b-2": [3], "b-3": [None]}
+    counts, kept = made(tmp_path, scores, Labels())
+    assert [(one.id, one.desirable, one.score) for one in kept] == [
+        ("a-1", False, 1.5),
+        ("a-2", True, 5.0),
+        ("a-4", False, 2.5),
+        ("b-1", False, 1.0),
+        ("b-2", True, 3.0),
+    ]
+    assert (kept[0].prompt, kept[0].response) == (as_prompt(instruction("a").text), "Answer a-1")
+    assert (kept[0].instruction_id, kept[0].response_id) == ("a", "a-1")
+    numbers = {name: counts[name] for name in ("labelled", "desirable", "dropped")}
+    assert numbers == {"labelled": 5, "desirable": 2, "dropped": {"tie": 1, "unjudged": 1}}
+
+
+def test_responses_from_the_threshold_on_are_desirable_whatever_the_others_score(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [3], "a-2": [5], "b-1": [2.99], "b-2": [1]}
+    _, kept = made(tmp_path, scores, Labels(threshold=3))
+    assert [one.desirable for one in kept] == [True, True, False, False]
+
+
+def test_empty_responses_have_no_label_and_cut_ones_only_if_they_may(tmp_path: Path) -> None:
+    blank = Response(id="a-1", instruction_id="a", text="", finish_reason=FinishReason.EOS, tokens=0, model="m")
+    answers = [blank, response("a-2"), response("a-3"), response("a-4", "Cut he", reason=FinishReason.LENGTH)]
+    scores: Scores = {"a-1": [5], "a-2": [1], "a-3": [4], "a-4": [5]}
+    counts, kept = made(tmp_path / "all", scores, Labels(), answers)
+    assert [(one.id, one.finished) for one in kept] == [("a-2", True), ("a-3", True), ("a-4", False)]
+    assert counts["dropped"] == {"empty_response": 1}
+    counts, kept = made(tmp_path / "finished", scores, Labels(finished_only=True), answers)
+    assert [one.id for one in kept] == ["a-2", "a-3"]
+    assert counts["dropped"] == {"empty_response": 1, "unfinished": 1}
+
+
+def test_labels_of_one_kind_alone_stop_the_run_with_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"2 desirable and 0 undesirable .*minimum_examples=1 .*'unjudged': 1"):
+        made(tmp_path, {"a-1": [5], "a-2": [4], "b-1": [None]}, Labels(threshold=3))
 
 
 # --- given pairs -------------------------------------------------------------------------------------------------
