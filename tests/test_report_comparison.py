@@ -593,7 +593,8 @@ def test_jobs_with_the_same_highest_value_are_all_named() -> None:
     a, b, c = job("a", 0.7, 0.6, 0.8, lam=1), job("b", 0.7, 0.5, 0.8, lam=2), job("c", 0.2, 0.1, 0.3, lam=3)
     assert said_of(a, b).startswith("All have the same highest win rate vs\u00a0M1, 70")
     assert said_of(a, b, c).startswith("Jobs 1, 2 have the same highest")
-    assert [row["class"] for row in job_rows(JobComparison.of([a, b, c], METRIC))] == ["best", "best", ""]
+    of = JobComparison.of([a, b, c], METRIC)
+    assert [row["class"] for row in job_rows(of, of.jobs)] == ["best", "best", ""]
 
 
 def test_lowest_is_the_best_where_it_is_asked_for() -> None:
@@ -735,7 +736,7 @@ def test_values_that_begin_alike_are_told_apart() -> None:
     ]
     assert listed(comparison, "data") == "/data/somebody/p…v1.jsonl, /data/somebody/p…v2.jsonl"
     assert comparison.description(comparison.jobs[-1]) == "lam = 2, data = /data/somebody/p…v2.jsonl"
-    assert [row["setting data"][-8:] for row in job_rows(comparison)] == ["v1.jsonl", "v2.jsonl"] * 2
+    assert [row["setting data"][-8:] for row in job_rows(comparison, comparison.jobs)] == ["v1.jsonl", "v2.jsonl"] * 2
 
 
 def test_different_texts_stay_different_when_they_are_shortened() -> None:

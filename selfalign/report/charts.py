@@ -68,6 +68,7 @@ class Series:
         intervals: (low, high) of each y, drawn as a bar; empty for none.
         colour: index of the page's series colours, from 0.
         joined: whether a line connects the points.
+        faint: further (x, y), such as the replicates of which the points are means.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Series:
     intervals: Sequence[tuple[float, float]] = ()
     colour: int = 0
     joined: bool = True
+    faint: Sequence[tuple[float, float]] = ()
 
     def finite(self) -> "Series":
         """Return the series without points whose y is not finite."""
@@ -296,6 +298,8 @@ def _draw_points(axes: "Axes", series: Series, form: Format | None, *, aside: fl
         axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.5, zorder=2)
     for x, y, (low, high) in zip(xs, ys, series.intervals, strict=False):
         axes.plot([x, x], [min(low, y), max(high, y)], color=colour, linewidth=2.2, solid_capstyle="round", zorder=3)
+    for x, y in series.faint:
+        axes.plot(x + aside, y, "o", color=colour, markersize=4.5, alpha=0.35, markeredgewidth=0, zorder=3.5)
     axes.plot(xs, ys, "o", color=colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=1.5, zorder=4)
     if form is None:
         return
