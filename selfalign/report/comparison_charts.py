@@ -149,7 +149,7 @@ def who(comparison: JobComparison) -> str:
     if all(comparison.mark(job) == f"{job.number}" for job in jobs):
         names = "; ".join(f"{job.number}: {comparison.description(job)}" for job in jobs) + "."
     else:
-        names = f"Lines are named by {comparison.keys[0]}."
+        names = f"Lines are named by {next(key for key in comparison.keys if key in jobs[0].settings)}."
     return note(escape(which(comparison) + names))
 
 

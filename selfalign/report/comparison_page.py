@@ -125,7 +125,8 @@ def csv_text(comparison: JobComparison, jobs: Sequence[JobResult]) -> str:
         of_job: Row = {"job": job.number, "folder": job.name, "state": job.state, "error": job.error}
         if job.seeds:
             of_job = {"job": job.number, "seeds": seeds_of(job), "folder": " ".join(one.name for one in job.seeds)}
-        of_job |= {key: as_text(job.settings[key]) if key in job.settings else "" for key in comparison.keys}
+        keys = [key for key in comparison.keys if key != SEED or jobs is comparison.jobs]
+        of_job |= {key: as_text(job.settings[key]) if key in job.settings else "" for key in keys}
         models = job.pooled or (job.run.summary["models"] if job.run else [{}])
         numbers = [{k: v for k, v in model.items() if k == "model" or is_number(v)} for model in models]
         rows += [of_job | {f"model/{key}" if key in of_job else key: v for key, v in row.items()} for row in numbers]

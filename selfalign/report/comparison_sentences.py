@@ -140,8 +140,10 @@ def opponents(comparison: JobComparison) -> str:
     if not answered:
         return "Metrics are those of each job's last model."
     win_rates = "Metrics are those of each job's last model. Win rates compare its answers with M1's"
-    if len(answered) > 1:
+    if not comparison.alike_by_seed(answered):
         return f"{win_rates}. The jobs do not share one M1, so win rates of different jobs have different opponents."
+    if len(answered) > 1:
+        return f"{win_rates}. All jobs of one seed share their M1 and its answers."
     if any(key.startswith("evaluate.") for key in comparison.keys):
         return f"{win_rates}. All jobs share this M1, but the evaluation settings differ (evaluate.*)."
     return f"{win_rates}. All jobs share this M1 and its answers."
@@ -199,9 +201,10 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
 def judged_apart(comparison: JobComparison) -> list[str]:
     """Return the metrics for which different judges judged the last models: each job's own M1, or other rubrics.
 
-    Benchmarks of the runs' own judges are left out: there the judge is what is measured.
+    Benchmarks of the runs' own judges are left out: there the judge is what is measured. Replicates of a setting may
+    have a judge for each seed, if jobs of one seed have the same.
     """
-    judges: dict[str, set[str]] = {}
+    judges: dict[str, dict[str, list[JobResult]]] = {}
     for job in comparison.finished:
         if job.run is None:
             continue
@@ -217,8 +220,8 @@ def judged_apart(comparison: JobComparison) -> list[str]:
         }
         for metric, label in places.items():
             if inputs := job.run.inputs(label):
-                judges.setdefault(metric, set()).add(_judge_of(inputs))
-    return [metric for metric, several in judges.items() if len(several) > 1]
+                judges.setdefault(metric, {}).setdefault(_judge_of(inputs), []).append(job)
+    return [metric for metric, several in judges.items() if not comparison.alike_by_seed(several)]
 
 
 def _judge_of(inputs: dict[str, Any]) -> str:
@@ -237,7 +240,7 @@ def _judge_of(inputs: dict[str, Any]) -> str:
 def caveats(comparison: JobComparison) -> str:
     """Return what makes the metrics of different jobs less comparable than they look."""
     notes: list[str] = []
-    if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
+    if not comparison.alike_by_seed(comparison.by_key(Label.evaluation("M1", "answers"))):
         notes.append(opponents(comparison))
     if apart := judged_apart(comparison):
         notes.append(

@@ -62,7 +62,9 @@ def _judged(run: Finished, model: str) -> Iterator[tuple[str, RankedQuestion]]:
     """Yield the held-out ranked questions of which the model scored every answer, each with its text."""
     scored = run.records(Label.evaluation(model, "ranked_scores"), ResponseScore)
     scores = {one.id: one.score for one in scored if one.score is not None}
-    for question in run.records(Label.input("ranked"), RankedAnswers) if scores else ():
+    own = Label.input("ranked")
+    questions = run.records(own if own in run.stages else Label.input("seeds"), RankedAnswers)
+    for question in questions if scores else ():
         values = [scores[name] for n in range(1, len(question.texts) + 1) if (name := f"{question.id}-{n}") in scores]
         if len(values) == len(question.texts):
             yield question.instruction, RankedQuestion(question.ranks, values)

@@ -398,6 +398,17 @@ class JobComparison:
         short = len(keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
         return as_text(job.settings.get(keys[0], "")) if short else f"{job.number}"
 
+    def alike_by_seed(self, found: Mapping[str, list[JobResult]]) -> bool:
+        """Return whether all jobs have the same of something; among replicates, whether all jobs of one seed have.
+
+        Args:
+            found: {digest: jobs that have what it is of}.
+        """
+        seeds = [
+            {as_text(job.settings.get(SEED)) if self.has_replicates else "" for job in jobs} for jobs in found.values()
+        ]
+        return sum(map(len, seeds)) == len(set().union(*seeds))
+
     def by_key(self, label: Label) -> dict[str, list[JobResult]]:
         """Return {key of an artifact: finished jobs that have it}. An equal key means equal content."""
         found: dict[str, list[JobResult]] = {}

@@ -16,6 +16,9 @@ Row = dict[str, Any]
 PLAIN = {"count", "flag", "tokens", "tokens/s", "s", "GiB", "currency"}
 """Units of the metrics whose means over seeds need no interval."""
 
+BOUNDS = {"share": (0.0, 1.0), "correlation": (-1.0, 1.0)}
+"""{unit: least and most possible value}."""
+
 ENDS = ("_low", "_high")
 
 
@@ -41,8 +44,9 @@ def _pooled(runs: Sequence[Finished], model: str, rows: Sequence[Row]) -> Row:
             pooled[key] = math.fsum(values) / len(values)
         unit = _unit(key)
         if unit not in PLAIN and key != "iteration":
-            found = _interval(runs, model, key, rows, share=unit == "share")
-            pooled |= {name: value for name, value in found.known(key).items() if name != key}
+            found, (least, most) = _interval(runs, model, key, rows), BOUNDS.get(unit, (-math.inf, math.inf))
+            ends = {name: min(most, max(least, end)) for name, end in found.known(key).items() if name != key}
+            pooled |= ends
     return pooled
 
 
@@ -53,7 +57,7 @@ def _unit(metric: str) -> str:
     return known.unit if known else ""
 
 
-def _interval(runs: Sequence[Finished], model: str, metric: str, rows: Sequence[Row], *, share: bool) -> Estimate:
+def _interval(runs: Sequence[Finished], model: str, metric: str, rows: Sequence[Row]) -> Estimate:
     """Return the interval of a metric's mean over runs: around the mean of their values, and as wide as `over_seeds`.
 
     A share of which all records of all runs agree has Wilson's interval over its instructions.
@@ -62,14 +66,11 @@ def _interval(runs: Sequence[Finished], model: str, metric: str, rows: Sequence[
     seeds = [instruction_values(run, model, metric) for run in runs]
     if all(seeds):
         mean = over_seeds(seeds)
-        if share and not mean.variance > 0:
+        if _unit(metric) == "share" and not mean.variance > 0:
             fewest = min(map(len, seeds))
             same = wilson(value * fewest, fewest)
             return Estimate(value, same.low, same.high)
     else:
         ends = [[row.get(f"{metric}{end}", math.nan) for end in ENDS] for row in rows]
         mean = mean_of_estimates([Estimate(row[metric], *end) for row, end in zip(rows, ends, strict=True)])
-    found = Mean(value, mean.variance, mean.freedom).interval()
-    if not share:
-        return found
-    return Estimate(value, max(0.0, found.low), min(1.0, found.high)) if math.isfinite(found.low) else found
+    return Mean(value, mean.variance, mean.freedom).interval()
