@@ -260,6 +260,7 @@ def test_page_is_whole_and_asks_for_nothing_from_outside(page: str) -> None:
 def test_whole_comparison_has_every_section(page: str) -> None:
     assert Page(page).sections == [
         "jobs",
+        "comparisons",
         "by-setting",
         "from-model-to-model",
         "training",

@@ -153,10 +153,8 @@ def effect_sentence(comparison: JobComparison, found: Sequence[ComparedJobs]) ->
     )
     against = f"Against the next, {escape(named(comparison, first.second))}, {how}: {form(value.value)}{between}"
     open_ones = [str(one.second.number) for one in own if not one.survives]
-    others = "the comparison with the other setting" if len(own) == 1 else f"{len(own)} comparisons with the others"
-    corrected = f"Holm's correction for {'all ' if len(found) > 1 else ''}{plural(len(found), 'comparison')}"
-    one = f"{'survives' if survived else 'does not survive'} {others}"
-    kept = f"It survives {survived} of {others}" if len(own) > 1 else f"It {one}"
+    kept = f"It survives {survived} of {plural(len(own), 'comparison')} with others"
+    corrected = f"Holm's correction for {plural(len(found), 'comparison')}"
     unsure = f" <b>This is not certain:</b> it cannot be told apart from {', '.join(open_ones)}." if open_ones else ""
     return f"{against}, p\u00a0{_equals(first.effect.p)}. {kept} after {corrected}.{unsure}"
 
