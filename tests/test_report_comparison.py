@@ -715,7 +715,7 @@ def test_class_of_a_group_is_a_setting_of_its_name() -> None:
 
 def test_charts_are_over_what_varies_alone() -> None:
     assert axes_of(JobComparison.of([job("a", 0.1, lam=1, seed=0), job("b", 0.1, lam=2, seed=1)], METRIC)) == ["lam"]
-    assert axes_of(JobComparison.of([job("a", 0.1, seed=0), job("b", 0.1, seed=1)], METRIC)) == ["seed"]
+    assert axes_of(JobComparison.of([job("a", 0.1, seed=0), job("b", 0.1, seed=1)], METRIC)) == []
     assert axes_of(JobComparison.of([job("a", 0.1, loss="DPO"), job("b", 0.1, loss="IPO")], METRIC)) == []
     assert axes_of(JobComparison.of([job("a", 0.1, on=True), job("b", 0.1, on=False)], METRIC)) == []
     failed = JobResult(name="c", state="failed", settings={"lam": 3, "size": 9})
@@ -835,10 +835,10 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
     ],
     test_keys_differ_by_value_and_not_by_spelling: [(jobs, '.removesuffix(".0")', ""), (jobs, OF_THOSE, OF_ALL)],
     test_charts_are_over_what_varies_alone: [
-        (comparison_charts, 'if key != "seed"] or axes', "] or axes"),
+        (comparison_charts, "if key != SEED and len", "if len"),
         (comparison_charts, NO_SWITCH, ""),
         (comparison_charts, "if len(comparison.keys) > FEW:", "if False:"),
-        (comparison_charts, "_sizes(comparison.finished, key)) > 1", "_sizes(comparison.jobs, key)) > 1"),
+        (comparison_charts, "_sizes(comparison.measured, key)) > 1", "_sizes(comparison.jobs, key)) > 1"),
     ],
     test_only_what_the_sweep_calls_finished_has_numbers: [
         (jobs, "if done and _has_finished(folder) else", "if _has_finished(folder) else"),

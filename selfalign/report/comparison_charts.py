@@ -51,12 +51,12 @@ def axes_of(comparison: JobComparison) -> list[str]:
     """Return the differing settings that become x axes: numeric ones.
 
     If many settings differ, only those that differ alone between some of the jobs are taken. Only finished jobs count.
-    The seed is taken only if it is the only one.
+    The seed is no axis: jobs that differ only in it are replicates.
     """
-    axes = [key for key in comparison.keys if len(_sizes(comparison.measured, key)) > 1]
+    axes = [key for key in comparison.keys if key != SEED and len(_sizes(comparison.measured, key)) > 1]
     if len(comparison.keys) > FEW:
         axes = [key for key in axes if any(len(line) > 1 for line in _lines(comparison, key).values())]
-    return [key for key in axes if key != SEED] or axes
+    return axes
 
 
 def _sizes(jobs: Sequence[JobResult], key: str) -> list[float]:
