@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from selfalign.report.comparison_charts import _lines, axes_of, over_settings
 from selfalign.report.comparison_page import job_rows
 from selfalign.report.comparison_sentences import best, caveats, changed_sources, listed, opponents
 from selfalign.report.html import percent
+from selfalign.report.instruction_values import READERS, instruction_values
 from selfalign.report.jobs import (
     JobComparison,
     JobResult,
@@ -189,6 +192,19 @@ def test_every_number_of_the_table_is_that_of_summary_json(page: str, sweep: Swe
         assert len(numbers) >= 5
         assert numbers == {key: model[key] for key in COLUMNS.values() if key in model}
         assert cells["loss.lam"][1] == json.dumps(read_json(folder / "summary.json")["config"]["loss"]["lam"])
+
+
+def test_values_of_instructions_have_the_metric_as_their_mean(sweep: Sweep) -> None:
+    found: Counter[str] = Counter()
+    for folder in sweep.finished:
+        run = Finished.load(folder)
+        for row, metric in product(run.models, READERS):
+            values = instruction_values(run, row["model"], metric).values()
+            assert bool(values) == (metric in row), metric
+            if values:
+                assert math.fsum(values) / len(values) == pytest.approx(row[metric], abs=1e-12), metric
+                found[metric] += 1
+    assert {metric for metric in READERS if not metric.startswith("preferences/")} == found.keys()
 
 
 def test_only_settings_that_differ_are_columns(page: str) -> None:
