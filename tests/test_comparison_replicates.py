@@ -233,8 +233,8 @@ def test_sentence_says_effect_interval_p_and_what_survived(swept: list[JobResult
 
 def test_one_seed_is_paired_over_instructions_and_may_stay_open(tmp_path: Path) -> None:
     """14 instructions apart on 4, all in the same direction: the sign test gives 2/16."""
-    first: list[float | None] = [1.0] * 8 + [0.0] * 5 + [None]
-    second: list[float | None] = [1.0] * 4 + [0.0] * 10
+    first = (*[1.0] * 8, *[0.0] * 5, None)
+    second = [1.0] * 4 + [0.0] * 10
     made = [job(tmp_path / "a", first, seed=0, lam=1), job(tmp_path / "b", second, seed=0, lam=2)]
     comparison = JobComparison.of(made, METRIC)
     (found,) = compared_jobs(comparison)
