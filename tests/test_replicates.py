@@ -98,6 +98,14 @@ def test_freedom_is_satterthwaites_of_the_mean_squares() -> None:
     assert (interval.low, interval.high) == pytest.approx((mean - half, mean + half))
 
 
+def test_seeds_that_differ_less_than_by_chance_count_as_equal() -> None:
+    row = np.arange(10.0)
+    table = np.stack([row, row, row]) + np.tile([[1, -1], [-1, 1], [0, 0]], 5)
+    found = crossed_mean(table)
+    assert found.variance == pytest.approx(np.var(table.mean(axis=0), ddof=1) / 10)
+    assert found.freedom == pytest.approx(9)
+
+
 def test_seeds_that_do_not_differ_leave_the_interval_of_their_instructions() -> None:
     row = np.random.default_rng(0).normal(size=20)
     found = crossed_mean(np.stack([row, row, row])).interval()
@@ -313,7 +321,7 @@ MUTANTS: dict[Callable[..., None], list[tuple[str, str]]] = {
         ("left = (seeds - 1) * (units - 1)", "left = seeds * units - 1"),
         ("(by_seed, seeds - 1), (by_unit, units - 1)", "(by_seed, units - 1), (by_unit, seeds - 1)"),
     ],
-    test_seeds_that_do_not_differ_leave_the_interval_of_their_instructions: [("if square > rest]", "]")],
+    test_seeds_that_differ_less_than_by_chance_count_as_equal: [("if square > rest]", "]")],
     test_one_seed_is_compared_by_paired_bootstrap_and_exact_sign_test: [
         ("sum(value < 0 for value in means)", "sum(value <= 0 for value in means)"),
         ("if not shared and len(first) == len(second) == 1:", "if False:"),
