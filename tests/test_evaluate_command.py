@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -23,7 +24,9 @@ from selfalign.core.records import Instruction, PreferencePair, RankedAnswers
 from selfalign.data.turns import as_text
 from selfalign.launch.evaluate import FinishedRun, evaluate_models, training_of
 from selfalign.launch.sweep import Sweep
+from selfalign.report.instruction_values import instruction_values
 from selfalign.runs.labels import Label
+from selfalign.runs.reader import Finished
 from selfalign.runs.sweep_jobs import JobState
 from selfalign.runs.tracker import tracked_id
 from selfalign.store.artifacts import Artifact
@@ -66,6 +69,9 @@ def test_finished_run_is_measured_on_held_out_pairs_afterwards(finished: Path) -
     seen = {name: [one["artifact"] for one in given["trained_on"]] for name, given in inputs.items()}
     assert seen == {"M1": ["seed_data"], "M2": ["seed_data", "pair"]}
     assert inputs["M2"]["reference"] == inputs["M1"]["policy"]
+    run = Finished.load(folder)
+    for row, metric in product(run.models, ("preferences/rewards/margins", "preferences/rewards/accuracies")):
+        assert [*instruction_values(run, row["model"], metric).values()] == pytest.approx([row[metric]])
 
 
 def test_instruction_that_a_measured_run_was_trained_on_is_dropped_and_counted(finished: Path, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from selfalign.report.comparison_charts import _lines, axes_of, over_settings
 from selfalign.report.comparison_page import job_rows
 from selfalign.report.comparison_sentences import best, caveats, changed_sources, listed, opponents
 from selfalign.report.html import percent
+from selfalign.report.instruction_values import READERS, instruction_values
 from selfalign.report.jobs import (
     JobComparison,
     JobResult,
@@ -191,6 +194,19 @@ def test_every_number_of_the_table_is_that_of_summary_json(page: str, sweep: Swe
         assert cells["loss.lam"][1] == json.dumps(read_json(folder / "summary.json")["config"]["loss"]["lam"])
 
 
+def test_values_of_instructions_have_the_metric_as_their_mean(sweep: Sweep) -> None:
+    found: Counter[str] = Counter()
+    for folder in sweep.finished:
+        run = Finished.load(folder)
+        for row, metric in product(run.models, READERS):
+            values = instruction_values(run, row["model"], metric).values()
+            assert bool(values) == (metric in row), metric
+            if values:
+                assert math.fsum(values) / len(values) == pytest.approx(row[metric], abs=1e-12), metric
+                found[metric] += 1
+    assert {metric for metric in READERS if not metric.startswith("preferences/")} == found.keys()
+
+
 def test_only_settings_that_differ_are_columns(page: str) -> None:
     headings = list(Table(page).cells[0])
     assert [heading for heading in headings if "." in heading] == ["loss.lam", "pair.minimum_margin"]
@@ -260,6 +276,7 @@ def test_page_is_whole_and_asks_for_nothing_from_outside(page: str) -> None:
 def test_whole_comparison_has_every_section(page: str) -> None:
     assert Page(page).sections == [
         "jobs",
+        "comparisons",
         "by-setting",
         "from-model-to-model",
         "training",
@@ -593,7 +610,8 @@ def test_jobs_with_the_same_highest_value_are_all_named() -> None:
     a, b, c = job("a", 0.7, 0.6, 0.8, lam=1), job("b", 0.7, 0.5, 0.8, lam=2), job("c", 0.2, 0.1, 0.3, lam=3)
     assert said_of(a, b).startswith("All have the same highest win rate vs\u00a0M1, 70")
     assert said_of(a, b, c).startswith("Jobs 1, 2 have the same highest")
-    assert [row["class"] for row in job_rows(JobComparison.of([a, b, c], METRIC))] == ["best", "best", ""]
+    of = JobComparison.of([a, b, c], METRIC)
+    assert [row["class"] for row in job_rows(of, of.jobs)] == ["best", "best", ""]
 
 
 def test_lowest_is_the_best_where_it_is_asked_for() -> None:
@@ -713,7 +731,7 @@ def test_class_of_a_group_is_a_setting_of_its_name() -> None:
 
 def test_charts_are_over_what_varies_alone() -> None:
     assert axes_of(JobComparison.of([job("a", 0.1, lam=1, seed=0), job("b", 0.1, lam=2, seed=1)], METRIC)) == ["lam"]
-    assert axes_of(JobComparison.of([job("a", 0.1, seed=0), job("b", 0.1, seed=1)], METRIC)) == ["seed"]
+    assert axes_of(JobComparison.of([job("a", 0.1, seed=0), job("b", 0.1, seed=1)], METRIC)) == []
     assert axes_of(JobComparison.of([job("a", 0.1, loss="DPO"), job("b", 0.1, loss="IPO")], METRIC)) == []
     assert axes_of(JobComparison.of([job("a", 0.1, on=True), job("b", 0.1, on=False)], METRIC)) == []
     failed = JobResult(name="c", state="failed", settings={"lam": 3, "size": 9})
@@ -735,7 +753,7 @@ def test_values_that_begin_alike_are_told_apart() -> None:
     ]
     assert listed(comparison, "data") == "/data/somebody/p…v1.jsonl, /data/somebody/p…v2.jsonl"
     assert comparison.description(comparison.jobs[-1]) == "lam = 2, data = /data/somebody/p…v2.jsonl"
-    assert [row["setting data"][-8:] for row in job_rows(comparison)] == ["v1.jsonl", "v2.jsonl"] * 2
+    assert [row["setting data"][-8:] for row in job_rows(comparison, comparison.jobs)] == ["v1.jsonl", "v2.jsonl"] * 2
 
 
 def test_different_texts_stay_different_when_they_are_shortened() -> None:
@@ -833,10 +851,10 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
     ],
     test_keys_differ_by_value_and_not_by_spelling: [(jobs, '.removesuffix(".0")', ""), (jobs, OF_THOSE, OF_ALL)],
     test_charts_are_over_what_varies_alone: [
-        (comparison_charts, 'if key != "seed"] or axes', "] or axes"),
+        (comparison_charts, "if key != SEED and len", "if len"),
         (comparison_charts, NO_SWITCH, ""),
         (comparison_charts, "if len(comparison.keys) > FEW:", "if False:"),
-        (comparison_charts, "_sizes(comparison.finished, key)) > 1", "_sizes(comparison.jobs, key)) > 1"),
+        (comparison_charts, "_sizes(comparison.measured, key)) > 1", "_sizes(comparison.jobs, key)) > 1"),
     ],
     test_only_what_the_sweep_calls_finished_has_numbers: [
         (jobs, "if done and _has_finished(folder) else", "if _has_finished(folder) else"),

@@ -31,7 +31,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch import experiment as experiment_module
 from selfalign.launch import sweep as sweep_module
-from selfalign.launch.hydra_sweep import BasicSweeper, search_upward
+from selfalign.launch.hydra_sweep import BasicSweeper, refuse_search_over_seeds, search_upward
 from selfalign.launch.sweep import Sweep, restore_global_state, run_job
 from selfalign.report.jobs import find_jobs
 from selfalign.runs import sweep_jobs
@@ -324,6 +324,25 @@ def test_search_looks_for_the_highest_number_whatever_its_sweeper_does_by_itself
         search_upward(hydra)
         found = OmegaConf.to_container(hydra.sweeper)
         assert {key: found[key] for key in became} == became
+
+
+@pytest.mark.parametrize(
+    ("params", "told", "refused"),
+    [
+        ({}, ["seed=1,2,3", "loss.lam=interval(0,1)"], True),
+        ({"seed": "range(3)"}, ["loss.lam=interval(0,1)"], True),
+        ({"loss.lam": "interval(0,1)"}, ["seed=3"], False),
+        (None, ["loss.lam=interval(0,1)"], False),
+    ],
+)
+def test_search_does_not_choose_the_seed(params: dict[str, str] | None, told: list[str], refused: bool) -> None:
+    """Each of its jobs has one seed, so the highest number would be the luckiest's."""
+    hydra = OmegaConf.create({"sweeper": {"params": params}, "overrides": {"task": told}})
+    if refused:
+        with pytest.raises(SystemExit, match=r"error: seed: .*luckiest.*seed=1,2,3"):
+            refuse_search_over_seeds(hydra)
+    else:
+        refuse_search_over_seeds(hydra)
 
 
 def test_checkpoint_that_cannot_be_written_fails_its_job_with_that_reason_and_the_others_go_on(

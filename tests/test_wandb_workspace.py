@@ -33,6 +33,13 @@ def test_numbers_of_the_last_model_stand_over_lambda(sent: dict) -> None:
     assert found["Win rate vs M1 over λ"]["yAxis"] == "summary:eval/win_rate"
 
 
+def test_replicates_are_one_setting_with_mean_and_standard_error(sent: dict) -> None:
+    bars, lines = panels(sent, "By setting"), panels(sent, "By iteration")
+    assert [panel["metrics"] for panel in bars.values()] == [[m.name] for m in wandb_workspace.OVER_LAMBDA]
+    for panel in (*bars.values(), *lines.values()):
+        assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("setting.value", "mean", "stderr")
+
+
 def test_margin_and_accuracy_are_curves_over_steps_by_lambda(sent: dict) -> None:
     found = panels(sent, "Training by λ")
     assert {p["groupBy"] for p in found.values()} == {"loss.value.lam"}
@@ -64,7 +71,7 @@ def test_without_a_key_it_is_built_and_not_sent(
     monkeypatch.setattr(sys, "argv", ["selfalign-workspace", "team/runs"])
     main()
     assert capsys.readouterr().out == (
-        "19 panels for team/runs, built and valid, but not sent: set WANDB_API_KEY and repeat the command\n"
+        "25 panels for team/runs, built and valid, but not sent: set WANDB_API_KEY and repeat the command\n"
     )
 
 

@@ -73,6 +73,8 @@ class ListJobs(Callback):
         with suppress(OSError, HydraException, OmegaConfBaseException):
             prefer_command_line(config.hydra)
             search_upward(config.hydra)
+            if not is_grid(config.hydra):
+                refuse_search_over_seeds(config.hydra)
             sweep = Sweep(Path(config.hydra.sweep.dir))
             jobs = jobs_of(config) if is_grid(config.hydra) else []
             if is_grid(config.hydra) and not jobs:
@@ -122,6 +124,18 @@ def search_upward(hydra: DictConfig) -> None:
                 f"it out, and set sweep_metric=-NAME where the lowest is"
             )
         OmegaConf.update(hydra.sweeper, name, wanted, force_add=True)
+
+
+def refuse_search_over_seeds(hydra: DictConfig) -> None:
+    """End a search whose space has the seed: each of its jobs has one seed, so that it would find the luckiest."""
+    space = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*space, *as_given(hydra.overrides.task)])
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    if "seed" in swept | set(OmegaConf.select(hydra.sweeper, "search_space") or {}):
+        sys.exit(
+            "error: seed: a search that chooses the seed too ends at the luckiest one. Search with one seed, then "
+            "compare the best settings over several without hydra/sweeper, such as seed=1,2,3 loss.lam=0.2,0.4"
+        )
 
 
 def is_grid(hydra: Any) -> bool:

@@ -40,6 +40,9 @@ SMOOTHED = 20
 TICKS = 12
 """Number of names that fit under a chart."""
 
+BESIDE = 0.06
+"""Distance of a faint point from its series' bar, in places along the x axis."""
+
 TINT = 0.5
 """Opacity of the strongest tint of a heat map. Text on a stronger one is hard to read on a light or dark page."""
 
@@ -68,6 +71,7 @@ class Series:
         intervals: (low, high) of each y, drawn as a bar; empty for none.
         colour: index of the page's series colours, from 0.
         joined: whether a line connects the points.
+        faint: further (x, y), such as the replicates of which the points are means.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Series:
     intervals: Sequence[tuple[float, float]] = ()
     colour: int = 0
     joined: bool = True
+    faint: Sequence[tuple[float, float]] = ()
 
     def finite(self) -> "Series":
         """Return the series without points whose y is not finite."""
@@ -296,6 +301,8 @@ def _draw_points(axes: "Axes", series: Series, form: Format | None, *, aside: fl
         axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.5, zorder=2)
     for x, y, (low, high) in zip(xs, ys, series.intervals, strict=False):
         axes.plot([x, x], [min(low, y), max(high, y)], color=colour, linewidth=2.2, solid_capstyle="round", zorder=3)
+    for x, y in series.faint:
+        axes.plot(x + aside - BESIDE, y, "o", color=colour, markersize=4.5, alpha=0.45, markeredgewidth=0, zorder=3)
     axes.plot(xs, ys, "o", color=colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=1.5, zorder=4)
     if form is None:
         return

@@ -1,6 +1,8 @@
 """Charts of a comparison: over the settings in which the jobs differ, from model to model, and step by step."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from operator import itemgetter
 from typing import Any
@@ -9,7 +11,7 @@ from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.html import CHART_FORMS, figure, grid, is_number, note
-from selfalign.report.jobs import FEW, LEADING, JobComparison, JobResult, as_text
+from selfalign.report.jobs import FEW, LEADING, SEED, JobComparison, JobResult, as_text
 
 Row = dict[str, Any]
 
@@ -30,17 +32,18 @@ MEASURED = (
 CURVES = ((catalog.REWARDS_MARGINS, 0.0), (catalog.REWARDS_ACCURACIES, 0.5))
 """(metric drawn step by step, y of the reference line)."""
 
-Points = Sequence[tuple[int, Row]]
-"""(x, row of the model)."""
+Points = Sequence[tuple[int, JobResult, str]]
+"""(x, job or mean of jobs, name of the model)."""
 
 
 def over_settings(comparison: JobComparison) -> str:
     """Return charts of the last models' metrics over each numeric setting; job by job where no setting is numeric."""
     axes = axes_of(comparison)
     if not axes:
-        names = [comparison.mark(job) for job in comparison.jobs]
-        lines = {"": list(enumerate(job.last for job in comparison.jobs))}
-        return note("The charts show each job's last model.") + _charts(names, lines, joined=False)
+        names = [comparison.mark(job) for job in comparison.groups]
+        lines = {"": [(x, job, job.last.get("model", "")) for x, job in enumerate(comparison.groups)]}
+        told = " ".join(filter(None, ["The charts show each job's last model.", replicates(comparison)]))
+        return note(told) + _charts(names, lines, joined=False)
     return "".join(_over(comparison, key) for key in axes)
 
 
@@ -48,12 +51,12 @@ def axes_of(comparison: JobComparison) -> list[str]:
     """Return the differing settings that become x axes: numeric ones.
 
     If many settings differ, only those that differ alone between some of the jobs are taken. Only finished jobs count.
-    The seed is taken only if it is the only one.
+    The seed is no axis: jobs that differ only in it are replicates.
     """
-    axes = [key for key in comparison.keys if len(_sizes(comparison.finished, key)) > 1]
+    axes = [key for key in comparison.keys if key != SEED and len(_sizes(comparison.measured, key)) > 1]
     if len(comparison.keys) > FEW:
         axes = [key for key in axes if any(len(line) > 1 for line in _lines(comparison, key).values())]
-    return [key for key in axes if key != "seed"] or axes
+    return axes
 
 
 def _sizes(jobs: Sequence[JobResult], key: str) -> list[float]:
@@ -65,7 +68,7 @@ def _sizes(jobs: Sequence[JobResult], key: str) -> list[float]:
 def _lines(comparison: JobComparison, key: str) -> dict[str, list[JobResult]]:
     """Return {the other differing settings as text: the finished jobs with them} of the jobs that have the key."""
     lines: dict[str, list[JobResult]] = {}
-    for job in comparison.finished:
+    for job in comparison.measured:
         if key in job.settings:
             others = [other for other in comparison.keys if other != key and other in job.settings]
             name = ", ".join(f"{other} = {comparison.text(job, other)}" for other in others)
@@ -75,23 +78,25 @@ def _lines(comparison: JobComparison, key: str) -> dict[str, list[JobResult]]:
 
 def _over(comparison: JobComparison, key: str) -> str:
     """Return the charts over one setting, with a line for each combination of the others."""
-    values = _sizes(comparison.jobs, key) or _sizes(comparison.finished, key)
+    values = _sizes(comparison.groups, key) or _sizes(comparison.measured, key)
     lines = {
-        name: sorted(((values.index(job.settings[key]), job.last) for job in jobs), key=itemgetter(0))
+        name: sorted(((values.index(job.settings[key]), job, job.last["model"]) for job in jobs), key=itemgetter(0))
         for name, jobs in _lines(comparison, key).items()
     }
     joined = len(lines) <= LEADING
     points = lines if joined else {"": [point for line in lines.values() for point in line]}
-    axis = note(f"The charts show each job's last model. Values of {escape(key)} are sorted, not to scale.")
+    told = f"The charts show each job's last model. Values of {escape(key)} are sorted, not to scale."
+    axis = note(" ".join(filter(None, [told, replicates(comparison)])))
     return f"<h3>Over {escape(key)}</h3>\n{axis}{_charts([as_text(v) for v in values], points, joined=joined)}"
 
 
 def over_iterations(comparison: JobComparison) -> str:
     """Return charts of the leading jobs' metrics from model to model."""
-    names = list(dict.fromkeys(row["model"] for job in comparison.finished for row in job.models))
+    names = list(dict.fromkeys(row["model"] for job in comparison.measured for row in job.models))
     names.sort(key=lambda name: (name != "SFT", len(name), name))
     lines = {
-        comparison.mark(job): [(names.index(row["model"]), row) for row in job.models] for job in comparison.leading
+        comparison.mark(job): [(names.index(row["model"]), job, row["model"]) for row in job.models]
+        for job in comparison.leading
     }
     return who(comparison) + _charts(names, lines) if len(names) > 1 else ""
 
@@ -107,7 +112,7 @@ def _curve(comparison: JobComparison, model: str, metric: Metric, reference: flo
     series = [
         Series(name=comparison.mark(job), points=points, colour=colour)
         for colour, job in enumerate(comparison.leading)
-        if job.run and (points := job.run.curves("align", metric.name).get(model))
+        if (points := _mean_curve(job, model, metric))
     ]
     if not series:
         return ""
@@ -118,9 +123,21 @@ def _curve(comparison: JobComparison, model: str, metric: Metric, reference: flo
     return figure(name, f"mean over the pairs of a step{mean}", drawn)
 
 
+def _mean_curve(job: JobResult, model: str, metric: Metric) -> list[tuple[float, float]]:
+    """Return a model's training curve: the mean over the seeds at the steps that all of them have."""
+    curves = [dict(one.run.curves("align", metric.name).get(model, [])) for one in job.each if one.run]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
+    return [(step, math.fsum(curve[step] for curve in curves) / len(curves)) for step in steps]
+
+
+def replicates(comparison: JobComparison) -> str:
+    """Return a sentence about jobs that differ only in their seed, if there are any; as HTML."""
+    return "Pale points: single seeds; strong ones: their mean." if comparison.has_replicates else ""
+
+
 def which(comparison: JobComparison) -> str:
     """Return a sentence about which jobs are shown, if not all are."""
-    some = len(comparison.leading) < len(comparison.finished)
+    some = len(comparison.leading) < len(comparison.measured)
     if not some:
         return ""
     return f"Only the {len(comparison.leading)} jobs with the {comparison.extreme} {comparison.metric} are shown. "
@@ -132,7 +149,7 @@ def who(comparison: JobComparison) -> str:
     if all(comparison.mark(job) == f"{job.number}" for job in jobs):
         names = "; ".join(f"{job.number}: {comparison.description(job)}" for job in jobs) + "."
     else:
-        names = f"Lines are named by {comparison.keys[0]}."
+        names = f"Lines are named by {next(key for key in comparison.keys if key in jobs[0].settings)}."
     return note(escape(which(comparison) + names))
 
 
@@ -141,11 +158,22 @@ def _charts(names: Sequence[str], lines: Mapping[str, Points], *, joined: bool =
     figures: list[str] = []
     for metric, caption, reference in MEASURED:
         series = [
-            series_of(points, metric.name, name, colour, joined=joined)
-            for colour, (name, points) in enumerate(lines.items())
+            _series(points, metric, name, colour, joined=joined) for colour, (name, points) in enumerate(lines.items())
         ]
         if any(one.points for one in series):
             title = metric.panel
             drawn = draw_models(names, series, title, CHART_FORMS[metric.unit], reference=reference)
             figures.append(figure(title, caption, drawn, list(lines) if len(lines) > 1 else []))
     return grid(figures)
+
+
+def _series(points: Points, metric: Metric, name: str, colour: int, *, joined: bool) -> Series:
+    """Return the series of a metric, with a faint point for each seed of a mean."""
+    rows = [(x, _row(job, model)) for x, job, model in points]
+    single = [(x, _row(one, model).get(metric.name)) for x, job, model in points for one in job.seeds]
+    series = series_of(rows, metric.name, name, colour, joined=joined)
+    return replace(series, faint=[(x, value) for x, value in single if is_number(value)])
+
+
+def _row(job: JobResult, model: str) -> Row:
+    return next((row for row in job.models if row["model"] == model), {})

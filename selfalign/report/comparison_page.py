@@ -13,6 +13,7 @@ from selfalign.core.formatting import duration, plural
 from selfalign.core.records import Instruction
 from selfalign.metrics import catalog
 from selfalign.report.comparison_charts import curves, over_iterations, over_settings, which
+from selfalign.report.comparison_effects import compared_jobs, effect_sentence, effects_table
 from selfalign.report.comparison_sentences import caveats, named, opponents, verdict, what_differs
 from selfalign.report.html import (
     Column,
@@ -29,6 +30,7 @@ from selfalign.report.html import (
 )
 from selfalign.report.jobs import (
     FEW,
+    SEED,
     JobComparison,
     JobResult,
     as_text,
@@ -44,6 +46,12 @@ from selfalign.runs.labels import Label
 from selfalign.runs.reader import Candidate, Sample, read_responses, stream_artifact
 
 Row = dict[str, Any]
+
+MEANS = (
+    "Means over the seeds. Brackets show 95\u00a0% intervals that count both seeds and instructions, by a mixed model. "
+    "Of metrics without a value for each instruction they count the seeds and, where a seed has an interval, that too."
+)
+TWO = "With two seeds they may be too narrow: the 95\u00a0% are 87 to 98\u00a0% then. Three seeds have 92 to 98\u00a0%."
 
 ANY = decimals(0)
 JOB = Column("job", "number of the job on this page", "job", ANY)
@@ -63,6 +71,9 @@ OF_MODEL = {
     )
 }
 """{key: column} of the metrics that are shown for each job's last model."""
+
+SETTING = Column("setting", "number of the setting: that of its first job", "job", ANY)
+SEEDS = Column("seeds", "seeds of the setting's jobs, whose mean is in this row", "seeds", ANY)
 
 OF_JOB = (
     Column("time alone", "time of all artifacts of the job, as if it shared none", "alone", duration),
@@ -94,21 +105,30 @@ def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "") -> P
             f"metric {comparison.metric!r}: no finished job has it. Available metrics: {', '.join(known)}"
         )
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / "comparison.csv", [csv_text(comparison).encode()])
+    write_atomically(target / "comparison.csv", [csv_text(comparison, comparison.jobs).encode()])
+    if comparison.has_replicates:
+        write_atomically(target / "comparison_settings.csv", [csv_text(comparison, comparison.groups).encode()])
     write_atomically(target / "comparison.html", [page(comparison).encode()])
     return target / "comparison.html"
 
 
-def csv_text(comparison: JobComparison) -> str:
+def csv_text(comparison: JobComparison, jobs: Sequence[JobResult]) -> str:
     """Return the CSV: a row for each job and model with the differing settings and all metrics.
 
     An unfinished job has one row without metrics.
+
+    Args:
+        comparison: says which settings differ.
+        jobs: its jobs, or its settings, whose metrics are means over the seeds with the ends of their intervals.
     """
     rows: list[Row] = []
-    for job in comparison.jobs:
+    for job in jobs:
         of_job: Row = {"job": job.number, "folder": job.name, "state": job.state, "error": job.error}
-        of_job |= {key: as_text(job.settings[key]) if key in job.settings else "" for key in comparison.keys}
-        models = job.run.summary["models"] if job.run else [{}]
+        if job.seeds:
+            of_job = {"job": job.number, "seeds": seeds_of(job), "folder": " ".join(one.name for one in job.seeds)}
+        keys = [key for key in comparison.keys if key != SEED or jobs is comparison.jobs]
+        of_job |= {key: as_text(job.settings[key]) if key in job.settings else "" for key in keys}
+        models = job.pooled or (job.run.summary["models"] if job.run else [{}])
         numbers = [{k: v for k, v in model.items() if k == "model" or is_number(v)} for model in models]
         rows += [of_job | {f"model/{key}" if key in of_job else key: v for key, v in row.items()} for row in numbers]
     file = io.StringIO()
@@ -121,8 +141,11 @@ def csv_text(comparison: JobComparison) -> str:
 def page(comparison: JobComparison) -> str:
     """Return the whole page."""
     names = {run.summary["name"] for run in comparison.runs}
+    compared = compared_jobs(comparison)
+    said = verdict(comparison, effect_sentence(comparison, compared))
     parts = {
-        "Jobs": jobs_table(comparison),
+        "Jobs": settings_table(comparison) + jobs_table(comparison),
+        "Comparisons": effects_table(comparison, compared),
         "By setting": over_settings(comparison),
         "From model to model": over_iterations(comparison),
         "Training": curves(comparison),
@@ -134,10 +157,35 @@ def page(comparison: JobComparison) -> str:
     return document(
         names.pop() if len(names) == 1 else "Comparison",
         f"comparison of {plural(len(comparison.jobs), 'job')}",
-        f'<p class="lead">{what_differs(comparison)}</p>\n{verdict(comparison)}{caveats(comparison)}',
+        f'<p class="lead">{what_differs(comparison)}</p>\n{said}{caveats(comparison)}',
         parts,
         Path(__file__).with_name("sort.js").read_text(encoding="utf-8"),
     )
+
+
+def settings_table(comparison: JobComparison) -> str:
+    """Return the table of settings: metrics of the last model as means over seeds; empty without replicates."""
+    if not comparison.has_replicates:
+        return ""
+    settings = [Column(key, "a setting", f"setting {key}", as_text) for key in comparison.keys if key != SEED]
+    rows = job_rows(comparison, comparison.measured)
+    rows = [row | {"seeds": seeds_of(job)} for row, job in zip(rows, comparison.measured, strict=True)]
+    columns = [SETTING, *settings[:FEW], SEEDS, *metric_columns(comparison)]
+    few = f" {TWO}" if any(len(job.seeds) == 2 for job in comparison.measured) else ""
+    return explained("settings", columns, rows, note(MEANS + few))
+
+
+def seeds_of(job: JobResult) -> str:
+    """Return the seeds of a setting, or the seed of a job, as text."""
+    return ", ".join(as_text(one.settings.get(SEED)) for one in job.each)
+
+
+def metric_columns(comparison: JobComparison) -> list[Column]:
+    """Return the columns of the metrics, that of the ranking first."""
+    metric = OF_MODEL.get(comparison.metric) or Column(
+        comparison.metric, "the metric of the ranking", comparison.metric, compact
+    )
+    return [metric, LAST, *(column for column in OF_MODEL.values() if column is not metric)]
 
 
 def jobs_table(comparison: JobComparison) -> str:
@@ -145,24 +193,21 @@ def jobs_table(comparison: JobComparison) -> str:
     settings = [Column(key, "a setting", f"setting {key}", as_text) for key in comparison.keys]
     state = [STATE] if len(comparison.finished) < len(comparison.jobs) else []
     front, back = ([*settings, *state], [FOLDER]) if len(settings) <= FEW else ([FOLDER, *state], settings)
-    metric = OF_MODEL.get(comparison.metric) or Column(
-        comparison.metric, "the metric of the ranking", comparison.metric, compact
-    )
-    others = [column for column in OF_MODEL.values() if column is not metric]
-    columns = [JOB, *front, metric, LAST, *others, *OF_JOB, *back]
-    return explained("jobs", columns, job_rows(comparison), note(opponents(comparison)))
+    columns = [JOB, *front, *metric_columns(comparison), *OF_JOB, *back]
+    rows = job_rows(comparison, comparison.jobs)
+    return explained("jobs", columns, rows, note(opponents(comparison)))
 
 
-def job_rows(comparison: JobComparison) -> list[Row]:
-    """Return the rows of the table of jobs; an unfinished job has no metrics."""
+def job_rows(comparison: JobComparison, jobs: Sequence[JobResult]) -> list[Row]:
+    """Return the rows of the table of jobs or settings; an unfinished job has no metrics."""
     rows: list[Row] = []
-    for job in comparison.jobs:
+    for job in jobs:
         settings = {f"setting {key}": setting(comparison, job, key) for key in comparison.keys}
         row = {**job.last, **settings, "job": job.number, "state": job.state, "name": job.name}
         row["class"] = "" if job.run else "without"
         if job in comparison.even:
             row["class"] = "best"
-        if job.run:
+        if job.run and not job.seeds:
             own = seconds_own(job, comparison.finished)
             row |= {"trained_on": trained_on(job.last), "alone": seconds_alone(job), "own": own}
         rows.append(row)
@@ -177,8 +222,8 @@ def setting(comparison: JobComparison, job: JobResult, key: str) -> object:
 
 
 def matrices(comparison: JobComparison) -> str:
-    """Return the win-rate matrices of the leading jobs that have one."""
-    return grid(matrix(job.run, f"Job {named(comparison, job)}") for job in comparison.leading if job.run)
+    """Return the win-rate matrices of the leading jobs that have one; of a setting that of its first job."""
+    return grid(matrix(job.run, f"Job {named(comparison, job)}") for job in comparison.shown if job.run)
 
 
 def answers(comparison: JobComparison) -> str:
@@ -186,10 +231,10 @@ def answers(comparison: JobComparison) -> str:
     writers: dict[str, tuple[JobResult, str]] = {}
     groups = comparison.by_key(Label.evaluation("M1", "answers")).values()
     for jobs in groups:
-        if {job.number for job in jobs} & {job.number for job in comparison.leading}:
+        if {job.number for job in jobs} & {job.number for job in comparison.shown}:
             of = f" of job {', '.join(str(job.number) for job in jobs)}" if len(groups) > 1 else ""
             writers[f"M1{of}"] = jobs[0], "M1"
-    for job in comparison.leading:
+    for job in comparison.shown:
         writers[f"{job.last['model']} of job {named(comparison, job)}"] = job, job.last["model"]
     written = {name: found for name, (job, model) in writers.items() if (found := answers_of(job, model))}
     common = [text for text in next(iter(written.values()), {}) if all(text in found for found in written.values())]

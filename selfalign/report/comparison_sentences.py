@@ -55,7 +55,16 @@ def what_differs(comparison: JobComparison) -> str:
     settings = [f"{strong(key)} ({escape(listed(comparison, key))})" for key in comparison.keys]
     if len(settings) > FEW:
         settings = [f"{strong(len(settings))} settings, {', '.join(map(strong, comparison.keys[:FEW]))} among them"]
-    return f"{jobs} that differ in {', '.join(settings)}."
+    return f"{jobs} that differ in {', '.join(settings)}.{replicated(comparison)}"
+
+
+def replicated(comparison: JobComparison) -> str:
+    """Return a sentence about the jobs that differ only in their seed; empty if there are none."""
+    if not comparison.has_replicates:
+        return ""
+    return (
+        f" Those that differ only in their seed are one setting: {strong(plural(len(comparison.groups), 'setting'))}."
+    )
 
 
 def listed(comparison: JobComparison, key: str) -> str:
@@ -65,15 +74,20 @@ def listed(comparison: JobComparison, key: str) -> str:
     return ", ".join(texts[:LISTED]) + more
 
 
-def verdict(comparison: JobComparison) -> str:
-    """Return the best job, whether it can be told apart from others, and the time of all jobs."""
+def verdict(comparison: JobComparison, compared: str = "") -> str:
+    """Return the best job, whether it can be told apart from others, and the time of all jobs; see `best`."""
     if not comparison.finished:
         return '<p class="verdict"><b>No job has finished</b>, so there is nothing to compare yet.</p>\n'
-    return f'<p class="verdict">{best(comparison)} {cost(comparison)}</p>\n'
+    return f'<p class="verdict">{best(comparison, compared)} {cost(comparison)}</p>\n'
 
 
-def best(comparison: JobComparison) -> str:
-    """Return the job with the best value of the metric, and how certain that is."""
+def best(comparison: JobComparison, compared: str = "") -> str:
+    """Return the job with the best value of the metric, and how certain that is.
+
+    Args:
+        comparison: the jobs; those that differ only in their seed are one, a setting.
+        compared: how the best compares with others, instruction by instruction; empty compares intervals.
+    """
     metric, ranked = comparison.metric, comparison.ranked
     name = METRICS[metric].heading if metric in METRICS else metric
     if not ranked:
@@ -84,12 +98,15 @@ def best(comparison: JobComparison) -> str:
     if len(even := comparison.even) > 1:
         all_of_them = "All" if len(even) == len(ranked) else f"Jobs {', '.join(str(job.number) for job in even)}"
         return f"<b>{all_of_them} have the same {most}</b>, {value}, so this metric does not tell them apart."
-    found = f"<b>Job {escape(named(comparison, first))}</b> has the {most}, {value}"
+    one = "Setting" if first.seeds else "Job"
+    found = f"<b>{one} {escape(named(comparison, first))}</b> has the {most}, {value}"
     if not math.isfinite(low):
         return f"{found}. It has no interval, so it is not known how certain this is."
     found = f"{found} (95\u00a0% interval {form(low)} to {form(high)})."
     if len(ranked) == 1:
         return f"{found} No other job has this metric."
+    if compared:
+        return f"{found} {compared}{'' if comparison.has_replicates else f' {LUCK}'}"
     if rivals := comparison.rivals():
         many = len(rivals) > 1
         which = (
@@ -101,8 +118,9 @@ def best(comparison: JobComparison) -> str:
 
 
 def named(comparison: JobComparison, job: JobResult) -> str:
-    """Return a job's number and description."""
-    return f"{job.number} ({comparison.description(job)})"
+    """Return a job's number and description. A setting has the number of its first job."""
+    mean = f"; mean of jobs {', '.join(str(one.number) for one in job.seeds)}" if job.seeds else ""
+    return f"{job.number} ({comparison.description(job)}{mean})"
 
 
 def cost(comparison: JobComparison) -> str:
@@ -122,8 +140,10 @@ def opponents(comparison: JobComparison) -> str:
     if not answered:
         return "Metrics are those of each job's last model."
     win_rates = "Metrics are those of each job's last model. Win rates compare its answers with M1's"
-    if len(answered) > 1:
+    if not comparison.alike_by_seed(answered):
         return f"{win_rates}. The jobs do not share one M1, so win rates of different jobs have different opponents."
+    if len(answered) > 1:
+        return f"{win_rates}. All jobs of one seed share their M1 and its answers."
     if any(key.startswith("evaluate.") for key in comparison.keys):
         return f"{win_rates}. All jobs share this M1, but the evaluation settings differ (evaluate.*)."
     return f"{win_rates}. All jobs share this M1 and its answers."
@@ -181,9 +201,10 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
 def judged_apart(comparison: JobComparison) -> list[str]:
     """Return the metrics for which different judges judged the last models: each job's own M1, or other rubrics.
 
-    Benchmarks of the runs' own judges are left out: there the judge is what is measured.
+    Benchmarks of the runs' own judges are left out: there the judge is what is measured. Replicates of a setting may
+    have a judge for each seed, if jobs of one seed have the same.
     """
-    judges: dict[str, set[str]] = {}
+    judges: dict[str, dict[str, list[JobResult]]] = {}
     for job in comparison.finished:
         if job.run is None:
             continue
@@ -199,8 +220,8 @@ def judged_apart(comparison: JobComparison) -> list[str]:
         }
         for metric, label in places.items():
             if inputs := job.run.inputs(label):
-                judges.setdefault(metric, set()).add(_judge_of(inputs))
-    return [metric for metric, several in judges.items() if len(several) > 1]
+                judges.setdefault(metric, {}).setdefault(_judge_of(inputs), []).append(job)
+    return [metric for metric, several in judges.items() if not comparison.alike_by_seed(several)]
 
 
 def _judge_of(inputs: dict[str, Any]) -> str:
@@ -219,7 +240,7 @@ def _judge_of(inputs: dict[str, Any]) -> str:
 def caveats(comparison: JobComparison) -> str:
     """Return what makes the metrics of different jobs less comparable than they look."""
     notes: list[str] = []
-    if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
+    if not comparison.alike_by_seed(comparison.by_key(Label.evaluation("M1", "answers"))):
         notes.append(opponents(comparison))
     if apart := judged_apart(comparison):
         notes.append(

@@ -15,6 +15,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import signed
 from selfalign.report.html import is_number
+from selfalign.report.replicates import pooled_models
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 from selfalign.runs.sweep_jobs import JOBS, read_jobs
@@ -23,6 +24,8 @@ Row = dict[str, Any]
 
 
 FINISHED = "finished"
+
+SEED = "seed"
 
 FEW = 3
 """Maximum number of settings that fit into a sentence."""
@@ -49,6 +52,9 @@ class JobResult:
         settings: {dotted key: value} of its configuration; the choice of a group is under the group's name.
         run: the finished run; None for any other job, which has no metrics.
         number: its number in the sweep, or else in the comparison, from 1.
+        seeds: the finished jobs of which this is the mean, because they differ only in their seed; empty for a job of
+            its own. `run` and `number` are then those of the first.
+        pooled: the rows of metrics of that mean.
     """
 
     name: str
@@ -58,11 +64,18 @@ class JobResult:
     settings: Row = field(default_factory=dict)
     run: Finished | None = None
     number: int = 0
+    seeds: list["JobResult"] = field(default_factory=list)
+    pooled: list[Row] = field(default_factory=list)
 
     @property
     def models(self) -> list[Row]:
         """The rows of metrics of every model; empty for an unfinished job."""
-        return self.run.models if self.run else []
+        return self.pooled or (self.run.models if self.run else [])
+
+    @property
+    def each(self) -> list["JobResult"]:
+        """The jobs of which this is the mean, or the job itself."""
+        return self.seeds or [self]
 
     @property
     def last(self) -> Row:
@@ -231,6 +244,30 @@ def _group(job: JobResult, owner: str) -> Row | None:
     return {k.removeprefix(below): v for k, v in job.settings.items() if k.startswith(below)} or None
 
 
+def without_seeds(jobs: Sequence[JobResult], keys: Sequence[str]) -> list[JobResult]:
+    """Return the jobs, with those that differ only in their seed as one: their mean, in the place of the first.
+
+    Args:
+        jobs: in order.
+        keys: the settings that differ among them. Jobs that are equal in all of them are no replicates.
+    """
+    alike: dict[tuple[str, ...], list[JobResult]] = {}
+    for job in jobs:
+        others = [as_text(job.settings[key]) if key in job.settings else "" for key in keys if key != SEED]
+        alike.setdefault((*others,) if job.run else (*others, str(job.number), job.state), []).append(job)
+    groups: list[JobResult] = []
+    for group in alike.values():
+        seeds = {as_text(job.settings.get(SEED)) for job in group}
+        groups += [_mean_of(group)] if 1 < len(group) == len(seeds) else group
+    return sorted(groups, key=lambda job: job.number)
+
+
+def _mean_of(jobs: Sequence[JobResult]) -> JobResult:
+    settings = {key: value for key, value in jobs[0].settings.items() if key != SEED}
+    rows = pooled_models([job.run for job in jobs if job.run])
+    return replace(jobs[0], settings=settings, seeds=list(jobs), pooled=rows)
+
+
 def metric_of(jobs: Sequence[JobResult]) -> str:
     """Return the `sweep_metric` of the first job that has one."""
     named = (job.settings["sweep_metric"] for job in jobs if "sweep_metric" in job.settings)
@@ -243,6 +280,7 @@ class JobComparison:
 
     Attributes:
         jobs: in order, and numbered.
+        groups: the jobs, with those that differ only in their seed as one.
         keys: the settings that differ.
         metric: ranks the jobs.
         texts: {key: {value as text: it shortened}}, different for different values.
@@ -250,6 +288,7 @@ class JobComparison:
     """
 
     jobs: list[JobResult]
+    groups: list[JobResult]
     keys: list[str]
     metric: str
     texts: dict[str, dict[str, str]]
@@ -271,7 +310,7 @@ class JobComparison:
             key: told_apart([as_text(job.settings[key]) for job in ordered if key in job.settings]) for key in keys
         }
         name, sign = signed(metric)
-        return cls(ordered, keys, name, texts, lowest=sign < 0)
+        return cls(ordered, without_seeds(ordered, keys), keys, name, texts, lowest=sign < 0)
 
     @property
     def extreme(self) -> str:
@@ -284,36 +323,51 @@ class JobComparison:
         return [job for job in self.jobs if job.run]
 
     @property
+    def measured(self) -> list[JobResult]:
+        """The groups with metrics."""
+        return [group for group in self.groups if group.run]
+
+    @property
+    def has_replicates(self) -> bool:
+        """Whether some jobs differ only in their seed."""
+        return len(self.groups) < len(self.jobs)
+
+    @property
     def runs(self) -> list[Finished]:
         """The runs of the finished jobs."""
         return [job.run for job in self.jobs if job.run]
 
     @property
     def ranked(self) -> list[JobResult]:
-        """The jobs whose last model has the metric, the best value first."""
-        known = [job for job in self.finished if is_number(job.last.get(self.metric))]
+        """The groups whose last model has the metric, the best value first."""
+        known = [job for job in self.measured if is_number(job.last.get(self.metric))]
         return sorted(known, key=lambda job: job.last[self.metric], reverse=not self.lowest)
 
     @property
     def even(self) -> list[JobResult]:
-        """The jobs that share the best value, in the order of the table."""
+        """The groups that share the best value, in the order of the table."""
         ranked = self.ranked
-        return [job for job in self.finished if job in ranked and job.last[self.metric] == ranked[0].last[self.metric]]
+        return [job for job in self.measured if job in ranked and job.last[self.metric] == ranked[0].last[self.metric]]
 
     @property
     def leading(self) -> list[JobResult]:
-        """The best jobs, in the order of the table: as many as a chart has colours."""
-        best = [*self.ranked, *(job for job in self.finished if job not in self.ranked)][:LEADING]
-        return [job for job in self.finished if job in best]
+        """The best groups, in the order of the table: as many as a chart has colours."""
+        best = [*self.ranked, *(job for job in self.measured if job not in self.ranked)][:LEADING]
+        return [job for job in self.measured if job in best]
+
+    @property
+    def shown(self) -> list[JobResult]:
+        """The job of each leading group whose answers are shown: the first."""
+        return [group.each[0] for group in self.leading]
 
     def rivals(self) -> list[JobResult]:
-        """Return the jobs whose interval reaches that of the best one.
+        """Return the groups whose interval reaches that of the best one.
 
-        A job without an interval is among them; if the best has none, all are.
+        One without an interval is among them; if the best has none, all are.
         """
         best, *others = self.ranked
         low, _ = self._ends(best)
-        return [job for job in self.finished if job in others and not self._ends(job)[1] < low]
+        return [job for job in self.measured if job in others and not self._ends(job)[1] < low]
 
     def interval(self, job: JobResult) -> tuple[float, float]:
         """Return the ends of the metric's 95 % interval; ±∞ if there is none."""
@@ -339,9 +393,21 @@ class JobComparison:
 
     def mark(self, job: JobResult) -> str:
         """Return a name for charts: the only differing setting if its values are short and unique, else the number."""
-        texts = [as_text(job.settings.get(key, "")) for job in self.jobs for key in self.keys]
-        short = len(self.keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
-        return as_text(job.settings.get(self.keys[0], "")) if short else f"{job.number}"
+        keys = [key for key in self.keys if key != SEED or not self.has_replicates]
+        texts = [as_text(job.settings.get(key, "")) for job in self.groups for key in keys]
+        short = len(keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
+        return as_text(job.settings.get(keys[0], "")) if short else f"{job.number}"
+
+    def alike_by_seed(self, found: Mapping[str, list[JobResult]]) -> bool:
+        """Return whether all jobs have the same of something; among replicates, whether all jobs of one seed have.
+
+        Args:
+            found: {digest: jobs that have what it is of}.
+        """
+        seeds = [
+            {as_text(job.settings.get(SEED)) if self.has_replicates else "" for job in jobs} for jobs in found.values()
+        ]
+        return sum(map(len, seeds)) == len(set().union(*seeds))
 
     def by_key(self, label: Label) -> dict[str, list[JobResult]]:
         """Return {key of an artifact: finished jobs that have it}. An equal key means equal content."""

@@ -21,6 +21,12 @@ MODES = ("auto", "online", "offline")
 WANDB_MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
 WANDB_MODES |= {"disabled": "disabled"}
 """{value of WANDB_MODE: mode}."""
+SETTING = "setting"
+"""Key of W&B's config by which runs that differ only in their seed are one group."""
+
+NOT_THE_SETTING = ("seed=", "output_dir=", "fresh=", "tracker=", "tracker.")
+"""Overrides that do not tell settings apart."""
+
 MOST_ROWS = 1000
 """The most rows of a table. The run folder has all records."""
 
@@ -93,7 +99,7 @@ class Wandb:
             name=folder.name,
             id=tracked_id(folder),
             dir=folder,
-            config=config,
+            config={**config, SETTING: setting_of(config["overrides"])} if "overrides" in config else config,
             group=self.group or os.environ.get("WANDB_RUN_GROUP"),  # wandb itself reads it only once a process.
             job_type=choices.get("data"),
             tags=[*self.tags, *(choices[group] for group in ("loss", "judge") if group in choices)],
@@ -107,6 +113,11 @@ class Wandb:
         if self.mode != "auto":
             return self.mode
         return "online" if is_online() else "offline"
+
+
+def setting_of(overrides: Iterable[str]) -> str:
+    """Return the overrides of a run without its seed, equal for runs that are replicates of one setting."""
+    return " ".join(sorted(override for override in overrides if not override.startswith(NOT_THE_SETTING)))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.metrics import catalog
-from selfalign.tracking.wandb import has_key, is_online
+from selfalign.tracking.wandb import SETTING, has_key, is_online
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -25,7 +25,7 @@ OVER_LAMBDA = (
     catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES),
     catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES),
 )
-"""Metrics of the last model, one point for each run."""
+"""Metrics of the last model: a point for each run over λ, and a bar for each setting, its mean over seeds."""
 
 CURVES = (
     catalog.REWARDS_MARGINS,
@@ -45,18 +45,31 @@ BY_ITERATION = (
     catalog.JUDGE_QUALITY_KENDALL,
     catalog.JUDGE_MEAN_SCORE,
 )
-"""Metrics of models, one line for each run."""
+"""Metrics of models, one line for each setting: its mean over seeds."""
 
 
 def build(entity: str, project: str) -> "Workspace":
-    """Build the workspace: win rate over λ, curves by λ, the judge by iteration, and the settings that differ."""
+    """Build the workspace: win rate over λ and by setting, curves by λ, the judge by iteration, settings that differ.
+
+    Runs that differ only in their seed are one setting: the mean, ± its standard error over the seeds, which is what
+    W&B can compute. Intervals that count the instructions too are on the comparison page.
+    """
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 
     by_lambda = panels.Config(LAMBDA)
+    over_seeds: dict[str, Any] = {
+        "groupby": panels.Config(SETTING),
+        "groupby_aggfunc": "mean",
+        "groupby_rangefunc": "stderr",
+    }
     sections: dict[str, list[Any]] = {
         "Over λ": [
             panels.ScatterPlot(title=f"{metric.panel} over λ", x=by_lambda, y=panels.SummaryMetric(metric.name))
+            for metric in OVER_LAMBDA
+        ],
+        "By setting": [
+            panels.BarPlot(title=f"{metric.panel} by setting", metrics=[metric.name], **over_seeds)
             for metric in OVER_LAMBDA
         ],
         "Training by λ": [
@@ -66,7 +79,7 @@ def build(entity: str, project: str) -> "Workspace":
             for metric in CURVES
         ],
         "By iteration": [
-            panels.LinePlot(title=f"{metric.panel} by iteration", x=metric.axis, y=[metric.name])
+            panels.LinePlot(title=f"{metric.panel} by iteration", x=metric.axis, y=[metric.name], **over_seeds)
             for metric in BY_ITERATION
         ],
         "Settings that differ": [panels.RunComparer(diff_only=True)],
