@@ -157,7 +157,7 @@ class Tree:
         return _joined(
             Variant(
                 component=component(kind),
-                options={f"{group.replace('/', '.') if '/' not in group else group}={name}": option.values},
+                options={f"{group}={name}": option.values},
                 places={**{place: what for place, what in option.places.items() if place}, **(below or {})},
             )
             for name, option in self.options.groups.get(group, {}).items()

@@ -407,7 +407,12 @@ def _limits(module: Module, node: ast.ClassDef) -> dict[str, tuple[str, tuple[st
     """Return {setting: (what it must be, the allowed words)} by the messages of the checks of a class."""
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     outside = CHECKS.get(f"{module.name}.{node.name}")
-    places: list[tuple[Module, ast.AST]] = [*_bases(module, node)]
+    places: list[tuple[Module, ast.AST]] = [
+        (where, method)
+        for where, base in _bases(module, node)
+        for method in base.body
+        if isinstance(method, ast.FunctionDef) and (method.name == "__post_init__" or "check" in method.name)
+    ]
     if outside:
         checks = Module.at(outside)
         places += [(checks, function) for function in checks.functions.values()]
