@@ -41,30 +41,32 @@ BOUNDS = (
 """(what a limit says, its keyword)."""
 
 
-def write_schemas(folder: Path, options: Options) -> dict[str, str]:
+def write_schemas(folder: Path, options: Options, own: str) -> dict[str, list[str]]:
     """Write the schemas into a folder.
 
+    Args:
+        folder: is made if it does not exist.
+        options: those that the schemas know.
+        own: the folder whose options are edited, as an editor sees it.
+
     Returns:
-        {file: pattern of the files that it is for}, those of groups last, as editors let the last one that fits win.
+        {schema: patterns of the files that it is for}.
 
     Raises:
         SelfalignError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        patterns: dict[str, str] = {}
+        patterns: dict[str, list[str]] = {}
         for name, schema in schemas(options).items():
             file = folder / f"{name.replace('/', '.')}.json"
             file.write_text(f"{json.dumps(schema, ensure_ascii=False, indent=1)}\n", encoding="utf-8")
-            patterns[file.as_posix()] = pattern_of(name)
+            groups = GLOBAL if name == WHOLE else (name,)
+            patterns[file.as_posix()] = [f"{own}/{group}/*.yaml" for group in groups]
+        patterns[(folder / f"{WHOLE}.json").as_posix()].append("outputs/*/config.yaml")
     except OSError as error:
-        raise SelfalignError(f"cannot write {folder}: {error.strerror}") from error
+        raise SelfalignError(f"cannot write the schemas to {folder}: {error.strerror}") from error
     return patterns
-
-
-def pattern_of(name: str) -> list[str] | str:
-    """Return the pattern of the files that a schema is for."""
-    return [f"**/{group}/*.yaml" for group in GLOBAL] if name == WHOLE else f"**/{name}/*.yaml"
 
 
 def schemas(options: Options) -> dict[str, Schema]:
@@ -216,8 +218,7 @@ def option_is(variant: Variant, option: Option) -> bool:
 def _described(setting: Setting) -> str:
     limits = f" Must be {setting.limits}." if setting.limits and not setting.choices else ""
     unit = f" [{setting.unit}]" if setting.unit else ""
-    meaning = setting.meaning[:1].upper() + setting.meaning[1:]
-    return f"{meaning}{limits}{unit}\n\n{setting.place}"
+    return f"{setting.sentence}{limits}{unit}\n\n{setting.place}"
 
 
 def _typed(annotation: ast.expr, setting: Setting) -> Schema:

@@ -92,6 +92,12 @@ class Setting:
         return ""
 
     @property
+    def sentence(self) -> str:
+        """The meaning with a capital letter, but not for a symbol: λ stays λ."""
+        first = self.meaning[:1]
+        return f"{first.upper() if first.isascii() else first}{self.meaning[1:]}"
+
+    @property
     def place(self) -> str:
         """File and line, from the folder of the package on."""
         below = self.file.relative_to(PACKAGE.parent) if self.file.is_relative_to(PACKAGE.parent) else self.file
