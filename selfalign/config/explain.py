@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from selfalign.config.options import Option, Options, Tree, Variant, default_of
+from selfalign.config.schema import GLOBAL
 from selfalign.config.settings import REQUIRED, UNKNOWN, Setting
 from selfalign.core.errors import SelfalignError
 
@@ -62,62 +63,57 @@ def explain(key: str, options: Options) -> str:
         return _option(tree, path, value)
     if not path:
         return "\n".join(["settings:", *_table([Found(tree.root, one) for one in tree.root.component.settings.values()])])
-    if path in ("preset", "experiment"):
+    if path in GLOBAL:
         return "\n".join([f"{path}: sets model, data and sizes together", "", *_options_of(tree, path)])
+    if path in options.groups and "/" in path:
+        path = path.replace("/", ".")
     *above, last = path.split(".")
-    variants = _walk(tree, above)
+    variants, named = _walk(tree, above)
+    if named:
+        return "\n".join([path, "", *_listing(named.get(last, named[OTHERS]))])
     found = [Found(one, one.component.settings[last]) for one in variants if last in one.component.settings]
     if not found:
-        members = _walk(tree, path.split(".")) if above else []
-        if not members:
-            raise SelfalignError(_no_such(tree, path, variants))
-        return "\n".join(_listing(members))
+        raise SelfalignError(_no_such(tree, path, variants))
     lines = [path, ""]
     for alike in _alike(found):
         lines += [*_block(tree, alike), ""]
-    if path in options.groups:
-        lines += [*_options_of(tree, path), ""]
+    if (group := path if path in options.groups else path.replace(".", "/")) in options.groups:
+        lines += [*_options_of(tree, group), ""]
     below = [one for each in found for one in _below(tree, each)]
     return "\n".join([*lines, *(_listing(below) if below else ())]).rstrip()
 
 
-def _walk(tree: Tree, names: Sequence[str]) -> list[Variant]:
-    """Return the classes that may stand at a place.
+def _walk(tree: Tree, names: Sequence[str]) -> tuple[list[Variant], dict[str, list[Variant]]]:
+    """Return the classes that may stand at a place, or {name: classes} where it maps names to components.
 
     Raises:
         SelfalignError: there is no such place, or a plain value stands there.
     """
-    variants = [tree.root]
-    rest = list(names)
-    for index, name in enumerate(rest):
-        path = ".".join(rest[: index + 1])
-        below = [one for variant in variants for one in tree.under(variant, name)]
-        if not below and index + 1 < len(rest):
+    variants, named = [tree.root], dict[str, list[Variant]]()
+    for index, name in enumerate(names):
+        path = ".".join(names[: index + 1])
+        if named:
+            variants, named = named.get(name, named[OTHERS]), {}
             continue
-        if not below and index and (above := _members(tree, rest[:index], name)):
-            below = above
-        if not below:
-            if not any(name in one.component.settings for one in variants):
-                raise SelfalignError(_no_such(tree, path, variants))
+        owners = [one for one in variants if name in one.component.settings]
+        if not owners:
+            raise SelfalignError(_no_such(tree, path, variants))
+        for one in owners:
+            known, others = tree.members(one, name)
+            named |= {**known, OTHERS: others} if others else {}
+        variants = [below for one in owners for below in tree.under(one, name)]
+        if not variants and not named:
             raise SelfalignError(f"{path} has no settings below it: selfalign --explain {path}")
-        variants = below
-    return variants
+    return variants, named
 
 
-def _members(tree: Tree, above: Sequence[str], name: str) -> list[Variant]:
-    """Return the classes that may stand under a name of a mapping of components."""
-    *start, last = above
-    found: list[Variant] = []
-    for variant in _walk(tree, start):
-        known, others = tree.members(variant, last)
-        found += known.get(name, others)
-    return found
+OTHERS = "…"
+"""Stands for any name of a user's own."""
 
 
 def _below(tree: Tree, found: Found) -> list[Variant]:
     """Return the classes that may stand in a setting, or under any name that it maps to components."""
-    known, others = tree.members(found.variant, found.setting.name)
-    return others if known or others else tree.under(found.variant, found.setting.name)
+    return tree.under(found.variant, found.setting.name) or tree.members(found.variant, found.setting.name)[1]
 
 
 def _no_such(tree: Tree, path: str, variants: list[Variant]) -> str:

@@ -230,7 +230,7 @@ def _typed(annotation: ast.expr, setting: Setting) -> Schema:
             kind = TYPES[name]
             if kind == "string":
                 return {"type": kind}
-            return {"type": [kind, "string"], "pattern": FILLED_IN, **_bounds(setting.limits)}
+            return {"type": [kind, "string"], "pattern": FILLED_IN, **bounds_of(setting.limits)}
         case ast.BinOp(left=left, right=ast.Constant(value=None)):
             schema = _typed(left, setting)
             return {**schema, "type": [*_listed(schema["type"]), "null"]} if "type" in schema else schema
@@ -254,7 +254,7 @@ def _listed(kind: str | list[str]) -> list[str]:
     return [kind] if isinstance(kind, str) else kind
 
 
-def _bounds(limits: str) -> Schema:
+def bounds_of(limits: str) -> Schema:
     """Return the keywords of the limits of a number."""
     found = {keyword: re.search(pattern, limits.removesuffix(" and finite")) for pattern, keyword in BOUNDS}
     numbers = {keyword: float(match[1]) for keyword, match in found.items() if match}
