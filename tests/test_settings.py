@@ -55,8 +55,18 @@ def settings() -> list[tuple[str, Setting]]:
 def made(name: str) -> Any:
     """An instance of a class with its defaults; what must be given is as an option sets it."""
     kind, (part, values) = import_component(name), components()[name]
-    given = {"command": "serve {weights} {port}", "prompt": "{instruction} {response} {criterion} {first} {second} [[A]] [[B]]"}
-    given |= {"learning_rate": 1e-5, "function": "f.py:score", "path": "p", "model": "owner/name", "tasks": [], "questions": "q"}
+    given = {
+        "command": "serve {weights} {port}",
+        "prompt": "{instruction} {response} {criterion} {first} {second} [[A]] [[B]]",
+    }
+    given |= {
+        "learning_rate": 1e-5,
+        "function": "f.py:score",
+        "path": "p",
+        "model": "owner/name",
+        "tasks": [],
+        "questions": "q",
+    }
     given |= {"reference_outputs": "r", "name": "n", "metric": "m"}
     given |= {"endpoint": Endpoint(base_url="http://127.0.0.1/v1", model="m")}
     needed = [one.name for one in part.settings.values() if one.default == REQUIRED]

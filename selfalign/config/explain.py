@@ -50,7 +50,7 @@ class Found:
 
 
 def explain(key: str, options: Options) -> str:
-    """Return the explanation of a key such as `loss.lam`, of a group such as `loss`, or of an option such as `loss=dpo`.
+    """Return the explanation of a key such as `loss.lam`, a group such as `loss`, or an option such as `loss=dpo`.
 
     Without a key, the top of the configuration is listed.
 
@@ -62,7 +62,9 @@ def explain(key: str, options: Options) -> str:
     if chosen and path in options.groups:
         return _option(tree, path, value)
     if not path:
-        return "\n".join(["settings:", *_table([Found(tree.root, one) for one in tree.root.component.settings.values()])])
+        return "\n".join(
+            ["settings:", *_table([Found(tree.root, one) for one in tree.root.component.settings.values()])]
+        )
     if path in GLOBAL:
         return "\n".join([f"{path}: sets model, data and sizes together", "", *_options_of(tree, path)])
     if path in options.groups and "/" in path:
@@ -162,7 +164,9 @@ def kind_of(annotation: ast.expr, setting: Setting) -> str:
     """Return a type in words."""
     match annotation:
         case ast.Name(id="Any") if isinstance(setting.default, int | float):
-            return "number, or a list with one for each iteration" if "list" in setting.meaning + setting.limits else "any"
+            return (
+                "number, or a list with one for each iteration" if "list" in setting.meaning + setting.limits else "any"
+            )
         case ast.Name(id=name):
             return "one of some words" if setting.choices else KINDS.get(name, name)
         case ast.BinOp(left=left):
@@ -240,7 +244,11 @@ def _option(tree: Tree, group: str, name: str) -> str:
     if group == "benchmark":
         members, _ = tree.members(tree.root, group)
         variants = [one for key in option.places for one in members.get(key, ())]
-    lines = [f"{group}={name}", "", *_wrapped(_comment(option) or (variants[0].component.meaning if variants else ""), "")]
+    lines = [
+        f"{group}={name}",
+        "",
+        *_wrapped(_comment(option) or (variants[0].component.meaning if variants else ""), ""),
+    ]
     lines += _wrapped(str(option.file), "  source   ")
     return "\n".join([*lines, *(["", *_listing(variants)] if variants else ())])
 

@@ -1,6 +1,5 @@
 """Read the options of each group from their files, without Hydra: which classes stand where in the configuration."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -186,7 +185,7 @@ class Tree:
         return _joined(found)
 
     def members(self, variant: Variant, name: str) -> tuple[dict[str, list[Variant]], list[Variant]]:
-        """Return ({known name: classes}, the classes under any other name) of a setting that maps names to components."""
+        """Return ({known name: classes}, classes under any other name) of a setting that maps names to components."""
         if (variant.component.name, name) == (PANEL, "members"):
             return {}, self.of_group("judge")
         if variant.component.name == ROOT and name == "at":

@@ -1,4 +1,4 @@
-"""JSON schemas (draft 7) of configuration files, for editors: one for presets and whole configurations, one for each group.
+"""JSON schemas (draft 7) of configuration files, for editors: one for whole configurations, and one for each group.
 
 They accept what Hydra accepts: a part of the settings, `defaults`, `???`, and `${…}` in place of any value.
 """
@@ -104,7 +104,7 @@ class Writer:
         return self._finished({**body, "allOf": narrowed}, "A preset, or a whole configuration, of selfalign.")
 
     def group(self, group: str) -> Schema:
-        """Return the schema of the options of a group: the settings of the class that an option names or starts from."""
+        """Return the schema of a group's options: the settings of the class that an option names or starts from."""
         found = self.tree.options.groups[group]
         entries = _defaults(sorted(found), {})
         branches: dict[str, tuple[Schema, list[str]]] = {}
@@ -141,7 +141,9 @@ class Writer:
         if not option.places:
             return None
         if "" in option.places:
-            variants = [one for one in self.tree.of_group(option.group, self._under(option.group)) if option_is(one, option)]
+            variants = [
+                one for one in self.tree.of_group(option.group, self._under(option.group)) if option_is(one, option)
+            ]
             return self._object(variants[0])["properties"] if variants else None
         known, _ = self.tree.members(self.tree.root, option.group)
         return {key: self._of(known[key]) for key in option.places if key in known}
@@ -149,7 +151,7 @@ class Writer:
     # --- settings ------------------------------------------------------------------------------------------------
 
     def _of(self, variants: Iterable[Variant]) -> Schema:
-        """Return a reference to the definition of a place where one of some classes stands, which is added if it is new.
+        """Return a reference to the definition of a place where one of some classes stands, and add it if it is new.
 
         A definition may refer to itself, as that of a panel of judges does.
         """
@@ -180,11 +182,7 @@ class Writer:
         for variant in variants:
             for name, setting in variant.component.settings.items():
                 found.setdefault(name, []).append((variant, setting))
-        properties = {}
-        for name, owners in found.items():
-            each = _distinct(self._setting(*owner) for owner in owners)
-            said = {described["description"]: None for described in each if "description" in described}
-            properties[name] = each[0] if len(each) == 1 else {"description": "\n\n".join(said), "anyOf": each}
+        properties = {name: _any([self._setting(*owner) for owner in owners]) for name, owners in found.items()}
         return {
             "type": ["object", "string", "null"],
             "pattern": FILLED_IN,
@@ -250,14 +248,29 @@ def _plain(annotation: ast.expr) -> Schema:
     return {"type": "string"} if name == "str" else {"type": [TYPES[name], "string"], "pattern": FILLED_IN}
 
 
+def _any(schemas: list[Schema]) -> Schema:
+    """Return the schema of a value that one of several schemas describes; what they say is put together."""
+    said = ("description", "default")
+    told = {schema["description"]: None for schema in schemas if "description" in schema}
+    defaults = _distinct({"default": schema["default"]} if "default" in schema else {} for schema in schemas)
+    limits = _distinct({key: what for key, what in schema.items() if key not in said} for schema in schemas)
+    together: Schema = {"description": "\n\n".join(told)} if told else {}
+    return {
+        **together,
+        **(defaults[0] if len(defaults) == 1 else {}),
+        **(limits[0] if len(limits) == 1 else {"anyOf": limits}),
+    }
+
+
 def _listed(kind: str | list[str]) -> list[str]:
     return [kind] if isinstance(kind, str) else kind
 
 
 def bounds_of(limits: str) -> Schema:
     """Return the keywords of the limits of a number."""
-    found = {keyword: re.search(pattern, limits.removesuffix(" and finite")) for pattern, keyword in BOUNDS}
-    numbers = {keyword: float(match[1]) for keyword, match in found.items() if match}
+    said = limits.removesuffix(" and finite")
+    found = [(keyword, re.search(pattern, said)) for pattern, keyword in BOUNDS]
+    numbers = {keyword: float(match[1]) for keyword, match in found if match}
     return {keyword: int(number) if number.is_integer() else number for keyword, number in numbers.items()}
 
 

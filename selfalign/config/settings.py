@@ -1,8 +1,8 @@
 """Read the settings of components from their source: name, type, default, limits, meaning, place.
 
 Nothing is imported, so that this takes a fraction of a second and needs no torch, and a package of a user's is read
-without being run. A setting's meaning stands in the `Attributes` of its dataclass's docstring, its limits in the message
-of the check that refuses other values.
+without being run. A setting's meaning stands in the `Attributes` of its dataclass's docstring, its limits in the
+message of the check that refuses other values.
 """
 
 import ast
@@ -47,6 +47,7 @@ UNITS = {
     ),
 }
 """What tells the unit of a number: the end of its name, or the beginning of its meaning."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -356,7 +357,11 @@ def value_of(module: Module, node: ast.expr, bound: Mapping[str, Any] | None = N
         return _sequence(module, node.elts, bound)
     if isinstance(node, ast.Dict):
         keys = [UNKNOWN if key is None else value_of(module, key, bound) for key in node.keys]
-        return UNKNOWN if UNKNOWN in keys else dict(zip(keys, [value_of(module, v, bound) for v in node.values], strict=True))
+        return (
+            UNKNOWN
+            if UNKNOWN in keys
+            else dict(zip(keys, [value_of(module, v, bound) for v in node.values], strict=True))
+        )
     if isinstance(node, ast.Attribute):
         return _attribute(module, node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -489,5 +494,3 @@ def _text(module: Module, node: ast.expr, bound: Mapping[str, Any]) -> str:
         return joint.join(map(str, parts)) if known else "…"
     value = value_of(module, node, bound)
     return "…" if value is UNKNOWN else str(value)
-
-
