@@ -176,7 +176,7 @@ def test_command_writes_the_schemas_and_prints_the_settings_of_the_editor(
         "mine/preset/*.yaml", "mine/experiment/*.yaml", "outputs/*/config.yaml",
     ]  # fmt: skip
     assert sorted(patterns) == sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.json"))
-    check = fastjsonschema.compile(
+    checked = fastjsonschema.compile(
         json.loads((tmp_path / ".vscode/selfalign/loss.json").read_text("utf-8")), use_default=False
     )
     assert refuses(checked, read("defaults:\n  - soft\nbeta: 0.02\n")) == ""

@@ -38,8 +38,8 @@ def main() -> None:
             return
         os._exit(0)
     with report_errors("interrupted"):
-        if told := _told(sys.argv[1:]):
-            print(told)
+        if answer := told(sys.argv[1:]):
+            print(answer)
             return
     set_environment()
     with report_errors("interrupted; repeat the command to continue"):
@@ -67,7 +67,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _told(arguments: Sequence[str]) -> str:
+def told(arguments: Sequence[str]) -> str:
     """Return what --explain or --schema asks for; empty without them. Nothing is run, and torch is not imported.
 
     Raises:
@@ -83,7 +83,8 @@ def _told(arguments: Sequence[str]) -> str:
     from selfalign.config.options import Options
     from selfalign.config.schema import write_schemas
 
-    own = _own_folders()
+    directory, _ = take_config_dir(arguments)
+    own = [directory] if directory else []
     for folder in own:
         check_options(folder, conf_folder())
     options = Options([conf_folder(), *(folder for _, folder in installed_folders()), *own])
