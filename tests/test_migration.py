@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ CONFIGS: dict[str, type] = {"DPOConfig": DPOConfig, "OnlineDPOConfig": OnlineDPO
 def rows(heading: str) -> list[list[str]]:
     """The cells of each row of the table whose first heading this is."""
     [table] = re.findall(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE, flags=re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return [re.split(r" *\| *", line.strip())[1:-1] for line in table.splitlines()]
 
 
 def codes(cell: str) -> list[str]:
@@ -46,20 +47,25 @@ def value_at(node: Any, key: str) -> Any:
     return node
 
 
+@cache
+def ours() -> Any:
+    return composed("model=tiny", "loss=dpo")[0]
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case[0]}: {case[1][0]}")
 def test_settings_of_trl_and_ours_exist_with_the_defaults_that_the_page_gives(case: tuple[str, list[str]]) -> None:
-    config, (theirs, their_default, ours, our_default, *_) = CONFIGS[case[0]], case[1]
+    config, (theirs, their_default, keys_of_ours, our_default, *_) = CONFIGS[case[0]], case[1]
     known = {one.name for one in fields(config)}
     assert codes(theirs)
     assert set(codes(theirs)) <= known
     if default := codes(their_default):
         assert [str(default_of(config, codes(theirs)[0]))] == default
     options = Options([conf_folder()])
-    keys = [key for key in codes(ours) if "=" not in key]
+    keys = [key for key in codes(keys_of_ours) if "=" not in key]
     assert all("source" in explain(key, options) for key in keys)
-    assert {key.partition("=")[0] for key in codes(ours)} - set(keys) <= set(options.groups)
+    assert {key.partition("=")[0] for key in codes(keys_of_ours)} - set(keys) <= set(options.groups)
     if default := codes(our_default):
-        assert [str(value_at(composed("model=tiny", "loss=dpo")[0], keys[0]))] == default
+        assert [str(value_at(ours(), keys[0]))] == default
 
 
 def test_tables_are_read() -> None:
@@ -98,7 +104,8 @@ def test_losses_are_those_that_trl_has() -> None:
 def test_every_key_on_the_page_is_one_of_ours() -> None:
     options = Options([conf_folder()])
     groups = "model|data|engine|judge|pair|loss|train|evaluate|hub"
-    keys = {key for code in codes(PAGE) for key in re.findall(rf"^(?:{groups})(?:\.\w+)+$", code)}
+    prose = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
+    keys = {key for code in codes(prose) for key in re.findall(rf"^(?:{groups})(?:\.\w+)+$", code)}
     assert len(keys) >= 40
     for key in keys:
         assert explain(key, options), key
