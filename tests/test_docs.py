@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from selfalign.cli.environment import conf_folder
+from selfalign.cli.main import told
 from selfalign.cli.report import main as report_main
 from selfalign.cli.store import main as store_main
 from selfalign.config.hydra import compose_experiment, register, to_experiment
@@ -123,7 +124,13 @@ def jobs_of(words: list[str]) -> list[list[str]]:
     return [list(job) for job in product(*choices)]
 
 
-CONFIGURED = [words for words in commands() if words[0] == "selfalign" and "-sc" not in words and "=" in "".join(words)]
+LOOKS_UP = {"--explain", "--schema", "-sc"}
+CONFIGURED = [
+    words
+    for words in commands()
+    if words[0] == "selfalign" and LOOKS_UP.isdisjoint(words) and any("=" in word for word in words)
+]
+LOOKUPS = [words for words in commands() if {"--explain", "--schema"} & set(words)]
 OTHERS = [words for words in commands() if words[0] in COMMANDS]
 EVALUATIONS = [words for words in commands() if words[0] == "selfalign-evaluate"]
 
@@ -132,6 +139,7 @@ def test_there_are_commands_to_check() -> None:
     assert len(CONFIGURED) >= 40
     assert len(OTHERS) >= 4
     assert len(EVALUATIONS) >= 4
+    assert len(LOOKUPS) >= 4
     assert jobs_of(["selfalign", "-m", "loss=dpo,ipo", "loss.beta=0.1"]) == [
         ["loss=dpo", "loss.beta=0.1"],
         ["loss=ipo", "loss.beta=0.1"],
@@ -168,6 +176,13 @@ def test_every_recipe_on_the_command_line_is_planned_from_an_empty_folder(
     config = compose_experiment(conf_folder(), job)[0]
     assert f"M{config.iterations + 1}" in planned(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", LOOKUPS, ids=" ".join)
+def test_lookup_is_answered(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/judge").mkdir(parents=True)
+    assert told([word.replace("KEY", "seed") for word in words[1:]])
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

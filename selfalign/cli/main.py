@@ -3,9 +3,11 @@
 `selfalign --help` answers without importing torch. Heavy modules are imported once the configuration is composed.
 """
 
+import argparse
+import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,10 @@ def main() -> None:
             print(help_text(), flush=True)
             return
         os._exit(0)
+    with report_errors("interrupted"):
+        if answer := told(sys.argv[1:]):
+            print(answer)
+            return
     set_environment()
     with report_errors("interrupted; repeat the command to continue"):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and report_errors prints one line.
@@ -52,11 +58,40 @@ def help_text() -> str:
     lines += [f"  {group:<{width}}  {' '.join(sorted(names))}" for group, names in sorted(options.items())]
     lines += ["", "examples:"]
     lines += [f"  {command}\n      {meaning}" for command, meaning in EXAMPLES]
-    lines += ["", "also: --cfg job shows the composed configuration, --info where it comes from,"]
+    lines += ["", "also: --explain loss.lam explains a key, --explain loss a group, --explain loss=dpo an option;"]
+    lines += ["      --schema FOLDER writes JSON schemas for editors of YAML;"]
+    lines += ["      --cfg job shows the composed configuration, --info where it comes from,"]
     lines += ["      --hydra-help Hydra's own flags. Full tracebacks: HYDRA_FULL_ERROR=1."]
     lines += ["      selfalign-report PATH... compares runs, or writes the report of one run again."]
     lines += ['      Bash completion: eval "$(selfalign -sc install=bash)"']
     return "\n".join(lines)
+
+
+def told(arguments: Sequence[str]) -> str:
+    """Return what --explain or --schema asks for; empty without them. Nothing is run, and torch is not imported.
+
+    Raises:
+        SelfalignError: there is no such key, or the folder cannot be written.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--explain", nargs="*")
+    parser.add_argument("--schema", type=Path)
+    asked, _ = parser.parse_known_args(arguments)
+    if asked.explain is None and asked.schema is None:
+        return ""
+    from selfalign.config.explain import explain as explain_key
+    from selfalign.config.options import Options
+    from selfalign.config.schema import write_schemas
+
+    directory, _ = take_config_dir(arguments)
+    own = [directory] if directory else []
+    for folder in own:
+        check_options(folder, conf_folder())
+    options = Options([conf_folder(), *(folder for _, folder in installed_folders()), *own])
+    if asked.schema is None:
+        return "\n\n".join(explain_key(key, options) for key in asked.explain or [""])
+    patterns = write_schemas(asked.schema, options, own[0].as_posix() if own else "conf")
+    return json.dumps({"yaml.schemas": patterns}, indent=2)
 
 
 def _own_folders() -> list[Path]:

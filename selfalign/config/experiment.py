@@ -46,7 +46,7 @@ class ExperimentConfig:
         engine: generates text.
         judge: scores responses.
         pair: selects training data among the responses.
-        loss: of the alignment.
+        loss: what the alignment minimises.
         train: how models are trained.
         evaluate: how models are evaluated.
         benchmark: {name: published benchmark} that also evaluates the models.
