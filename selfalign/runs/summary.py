@@ -65,12 +65,14 @@ def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
     """Return a model's metrics: of its training and its evaluation, and the seconds of both and of its data."""
     label = Label.parse(model)
     parts = [artifact for one, artifact in artifacts.items() if one.serves == model]
-    numbers, rewards = (artifacts.get(Label.evaluation(model, part)) for part in ("numbers", "preferences"))
+    measured = ("numbers", "instruments", "preferences")
+    numbers, instruments, rewards = (artifacts.get(Label.evaluation(model, part)) for part in measured)
     return {
         "model": model,
         "iteration": label.iteration_number,
         **(flat_numbers(artifacts[label].counts) if label in artifacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
+        **(flat_numbers(instruments.counts) if instruments else {}),
         **(_rewards(rewards) if rewards else {}),
         **_benchmarked(parts),
         catalog.SECONDS.name: round(sum(artifact.seconds for artifact in parts), 1),
