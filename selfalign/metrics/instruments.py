@@ -8,7 +8,6 @@ from itertools import combinations
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import RankedAnswers
 from selfalign.metrics import catalog
-from selfalign.metrics.catalog import Metric
 from selfalign.metrics.intervals import bootstrap_share
 
 HEAD_TO_HEAD, SCORES, JUDGE = "head_to_head", "scores", "judge"
@@ -30,7 +29,7 @@ class InstrumentTest:
         max_one_place: the largest share of comparisons in which the same place wins in both orders.
     """
 
-    comparisons: int = 200
+    comparisons: int = 100
     min_accuracy: float = 0.5
     max_one_place: float = 0.5
 
@@ -125,11 +124,6 @@ def repeated_order(questions: Sequence[RankedAnswers], samples: Mapping[str, Map
             signs = [(one[n] > other[n]) - (one[n] < other[n]) for n in sorted(one.keys() & other.keys())]
             alike += [first == second for first, second in combinations(signs, 2)]
     return share(alike) if alike else None
-
-
-def metrics_of(name: str) -> list[Metric]:
-    """Return the metrics of an instrument."""
-    return [metric.of(instrument=name) for metric in catalog.INSTRUMENT]
 
 
 def share(values: Sequence[float]) -> float:

@@ -16,6 +16,12 @@ POWER = 0.8
 ASSUMED_TIES = 1 / 3
 """Tie rate before there are comparisons: near those that arXiv 2401.10020 reports between its successive models."""
 
+TEST = "power 80\u00a0%, two-sided 5\u00a0%"
+"""Test and power in words."""
+
+LADDER = (25, 100, 400, 1600)
+"""Numbers of instructions to choose from, where nobody knows how many there are."""
+
 PRECISION = 1e-4
 """Precision of the smallest difference, as a share."""
 
@@ -55,6 +61,22 @@ def detectable_difference(comparisons: int, tie_rate: float) -> float | None:
         middle = (low + high) / 2
         low, high = (low, middle) if detection_power(middle, comparisons, tie_rate) >= POWER else (middle, high)
     return high
+
+
+def what_a_plan_can_see(instructions: int, seeds: int = 1) -> str:
+    """Return the smallest detectable difference at the assumed tie rate, before anything is compared.
+
+    Args:
+        instructions: their number; 0 if it is not known before the data are read.
+        seeds: number of seeds of one setting.
+    """
+    if instructions:
+        return f"{what_can_be_seen(instructions, ASSUMED_TIES, seeds)} ({TEST}; ties assumed)"
+    found = [(count, detectable_difference(count * seeds, ASSUMED_TIES)) for count in LADDER]
+    steps = ", ".join(f"{count} can see {math.ceil(100 * gain)}" for count, gain in found if gain is not None)
+    what = "instructions" + (f" × {seeds} seeds" if seeds > 1 else "")
+    ties = f"{100 * ASSUMED_TIES:.0f}\u00a0% ties assumed"
+    return f"points from 50\u00a0% of a win rate, by the number of {what}: {steps} ({TEST}; {ties})"
 
 
 def what_can_be_seen(instructions: int, tie_rate: float, seeds: int = 1) -> str:

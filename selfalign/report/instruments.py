@@ -14,7 +14,7 @@ from typing import Any
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.metrics.instruments import HEAD_TO_HEAD, JUDGE, SCORES
-from selfalign.metrics.power import what_can_be_seen
+from selfalign.metrics.power import TEST, what_can_be_seen
 from selfalign.metrics.summaries import outcomes_by_score
 from selfalign.report.html import Column, decimals, explained, is_number, note, percent
 from selfalign.runs.reader import Finished, read_responses
@@ -176,7 +176,7 @@ def _measured(run: Finished, instrument: Instrument) -> str:
 def _power(run: Finished, instrument: Instrument) -> str:
     """Return the smallest win rate that these comparisons can see."""
     count, ties = instrument.comparisons(run, run.models[-1])
-    return f" {what_can_be_seen(count, ties)} (power 80\u00a0%, two-sided 5\u00a0%)." if count else ""
+    return f" {what_can_be_seen(count, ties)} ({TEST})." if count else ""
 
 
 def figures(row: Row, name: str) -> str:

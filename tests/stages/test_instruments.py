@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def measured(
     return {name.removeprefix("instrument/"): value for name, value in counts.items()}
 
 
-def compared(folder: Path, verdicts: dict[tuple[str, str], tuple[Verdict | None, Verdict | None]]) -> Artifact:
+def compared(folder: Path, verdicts: Mapping[tuple[str, str], tuple[Verdict | None, Verdict | None]]) -> Artifact:
     """Comparisons with the verdicts of both orders; the outcome is worked out here once more."""
     made: list[Comparison] = []
     for (first, second), (forward, backward) in verdicts.items():
