@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from builders import ROOT
 from mutation import mutated
 
 from selfalign.metrics import power
 from selfalign.metrics.intervals import wilson
-from selfalign.metrics.power import POWER, detectable_difference, detection_power, what_can_be_seen
+from selfalign.metrics.power import POWER, detectable_difference, detection_power, what_a_plan_can_see, what_can_be_seen
 
 
 def enumerated(difference: float, comparisons: int, tie_rate: float) -> float:
@@ -68,10 +69,30 @@ def test_large_studies_follow_the_normal_approximation() -> None:
         assert found == pytest.approx((1.959964 + 0.841621) / (2 * math.sqrt(comparisons)), rel=0.03)
 
 
+def test_table_of_the_docs_is_computed() -> None:
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").split("## What can be seen")[1]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    ties = {"without ties, points from 50 %": 0.0, "a third tied": 1 / 3, "60 % tied": 0.6, "85 % tied": 0.85}
+    assert [row[0] for row in rows[:4]] == list(ties)
+    for name, *cells in rows[:4]:
+        found = [detectable_difference(int(count), ties[name]) for count in head[1:]]
+        assert cells == ["none" if one is None else str(math.ceil(100 * one)) for one in found]
+
+
 def test_mostly_tied_comparisons_see_nothing() -> None:
     assert detectable_difference(24, 0.85) is None
     assert detectable_difference(24, 1.0) is None
     assert what_can_be_seen(24, 0.85).startswith("24 instructions with 85\u00a0% ties can see no difference")
+
+
+def test_plan_assumes_its_ties_and_says_so_or_gives_a_choice() -> None:
+    known = what_a_plan_can_see(24)
+    assert known.startswith(what_can_be_seen(24, 1 / 3))
+    assert "ties assumed" in known
+    for seeds in (1, 3):
+        gain = detectable_difference(400 * seeds, 1 / 3)
+        assert gain is not None
+        assert f"400 can see {math.ceil(100 * gain)}" in what_a_plan_can_see(0, seeds)
 
 
 def test_sentence_rounds_up_and_counts_seeds() -> None:
