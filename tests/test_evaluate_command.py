@@ -39,8 +39,11 @@ def models(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in read_json(folder / "summary.json")["models"]}
 
 
+PARTS = ("eval/", "judge_quality/", "calibration/", "instrument/")
+
+
 def measured(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name.startswith(("eval/", "judge_quality/", "calibration/"))}
+    return {name: value for name, value in row.items() if name.startswith(PARTS)}
 
 
 def test_models_of_a_run_are_measured_as_the_run_measured_them(finished: Path) -> None:

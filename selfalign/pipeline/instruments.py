@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
+from selfalign.judges.panel import judges_in
 from selfalign.judges.protocol import asks_a_server
 from selfalign.metrics.instruments import HEAD_TO_HEAD, JUDGE, SCORES
 from selfalign.pipeline.models import RunJudge, RunModels
@@ -12,7 +13,7 @@ from selfalign.runs.runner import StageRunner
 from selfalign.stages.compare_ranked import compare_ranked
 from selfalign.stages.evaluate import JudgedTexts
 from selfalign.stages.instruments import instruments
-from selfalign.stages.judge import Pairwise
+from selfalign.stages.judge import ImplicitReward, Pairwise
 from selfalign.store.artifacts import Artifact
 
 
@@ -82,6 +83,7 @@ class Instruments:
         return {SCORES: self.scored[key]}
 
     def _judges(self, name: str, models: RunModels) -> tuple[str, str]:
-        """Return the digests of the model that judges and of its reference policy, which some judges need too."""
-        reference = models.base if name == "sft" else models.reference
+        """Return the digests of the model that judges and of its reference policy, empty for judges that need none."""
+        compares = any(isinstance(judge, ImplicitReward) for judge in judges_in("judge", self.config.judge).values())
+        reference = (models.base if name == "sft" else models.reference) if compares else None
         return models.named(name).digest, reference.digest if reference else ""
