@@ -36,8 +36,8 @@ def detection_power(difference: float, comparisons: int, tie_rate: float) -> flo
 
     Args:
         difference: d, the true win rate minus ½, between 0 and (1 - t)/2. A tie counts half.
-        comparisons: n.
-        tie_rate: t.
+        comparisons: their number n.
+        tie_rate: the share t of ties.
     """
     if tie_rate >= 1:
         return 0.0
