@@ -281,7 +281,8 @@ TECHNICAL = (
         "*.max_batch_tokens *.microbatch_tokens *.batch_size *.checkpoint_steps *.gradient_checkpointing "
         "train.*.dtype *.endpoint.*"
     ),
-    *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
+    *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* evaluate.instruments.*"),
+    *words("benchmark.*.include_path benchmark.*.limit"),
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
     *words("model.system_prompt data.seed_data.assistant_turns"),

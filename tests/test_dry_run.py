@@ -67,6 +67,7 @@ BY_MODELS = {
     "respond",
     "judge",
     "head_to_head",
+    "compare_ranked",
     "reference_logprobs",
     "kl_divergence",
 }
@@ -187,11 +188,19 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
     told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "tracker=wandb"]
     said = call(*told, "dry_run=true", "price_per_hour=3600")
     assert said.code == 0, said.err
-    for label in ("M0", "M1", "M2", "iteration_1/responses", "iteration_1/judgements", "iteration_1/reference"):
+    for label in (
+        "M0",
+        "M1",
+        "M2",
+        "iteration_1/responses",
+        "iteration_1/judgements",
+        "evaluation_M1/ranked_comparisons",
+    ):
         assert re.search(rf"^{label} +\d+ (model|steps|batches) +[\d.]+ +[\d.]+ +\d", said.out, re.MULTILINE), label
     assert re.search(r"^time +at most .*\s(s|min)$", said.out, re.MULTILINE)
     assert re.search(r"^cost +at most \d+\.\d\d: the machine", said.out, re.MULTILINE)
     assert "This is an upper bound." in said.out
+    assert "\nsees    4 instructions with 33\u00a0% ties can see no difference" in said.out
     assert list((tmp_path / "outputs").iterdir()) == []
     assert not (tmp_path / "wandb").exists()
 
@@ -248,7 +257,7 @@ def test_stages_with_a_model_declare_their_sizes_and_most_are_measured(tmp_path:
     names = [name for name in modules() if name.startswith("stages.")]
     members = [vars(importlib.import_module(f"selfalign.{name}")).values() for name in names]
     with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).all_ranks}
-    assert len(with_models) == 12
+    assert len(with_models) == 13
     assert all(declared(one).size for one in with_models)
     assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {benchmark}
 

@@ -1,6 +1,7 @@
 """`selfalign-evaluate` on real tiny runs and models."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -43,8 +44,11 @@ def models(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in read_json(folder / "summary.json")["models"]}
 
 
+PARTS = ("eval/", "judge_quality/", "calibration/", "instrument/")
+
+
 def measured(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name.startswith(("eval/", "judge_quality/", "calibration/"))}
+    return {name: value for name, value in row.items() if name.startswith(PARTS)}
 
 
 def test_models_of_a_run_are_measured_as_the_run_measured_them(finished: Path) -> None:
@@ -278,6 +282,7 @@ def test_questions_that_a_measured_run_was_taught_are_not_held_out(
     assert counts == {"questions_held_out": len(again), "dropped": {"trained_on": len(rows) - len(again)}}
     for row in models(folder).values():
         assert row["judge_quality/questions"] == len(again)
+        assert row["instrument/judge/comparisons"] == sum(math.comb(len(question.texts), 2) for question in again)
 
 
 def test_data_that_changed_since_a_run_are_named(finished: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,7 @@ from selfalign.core.records import (
     LabelledResponse,
     PairReference,
     PreferencePair,
+    RankedAnswers,
     Response,
     ResponseScore,
 )
@@ -163,6 +164,31 @@ def test_run_folder_holds_what_a_reader_needs(study: Study) -> None:
         assert {"pairs", "rewards/margins", "eval/win_rate", "judge_quality/pairwise_accuracy", "seconds"} <= row.keys()
         assert 0 <= row["eval/win_rate_low"] <= row["eval/win_rate"] <= row["eval/win_rate_high"] <= 1
     assert "eval/win_rate" not in summary["models"][0]
+
+
+def test_judges_of_win_rates_are_asked_once_about_ranked_answers_that_are_held_out(study: Study) -> None:
+    held_out = {q.id: q for q in records(study.folder, "seeds", "ranked", RankedAnswers)}
+    taught = {d.question for d in records(study.folder, "seeds", "demonstrations", Demonstration)}
+    compared = records(study.folder, "evaluation_M1/ranked_comparisons", "comparisons", Comparison)
+    assert not held_out.keys() & taught
+    assert {c.model for c in compared} == {read_json(study.folder / "provenance.json")["weights"]["M1"]}
+    points: list[float] = []
+    for one in compared:
+        (question, first), (same, second) = (name.rsplit("-", 1) for name in (one.first_id, one.second_id))
+        ranks = held_out[question].ranks
+        assert question == same
+        preferred = {1.0: int(first), 0.0: int(second)}.get(one.outcome)
+        other = int(first) + int(second) - (preferred or 0)
+        points.append(0.5 if preferred is None else float(ranks[preferred - 1] < ranks[other - 1]))
+    assert len(points) == sum(math.comb(len(q.texts), 2) for q in held_out.values())
+    rows = {row["model"]: row for row in read_json(study.folder / "summary.json")["models"]}
+    for row in rows.values():
+        assert row["instrument/head_to_head/accuracy"] == pytest.approx(sum(points) / len(points))
+        assert row["instrument/scores/accuracy"] == rows["M1"]["instrument/judge/accuracy"]
+        assert row["instrument/head_to_head/passed"] in (0, 1)
+    made = labels(study.folder)
+    assert [label for label in made if "ranked_comparisons" in label] == ["evaluation_M1/ranked_comparisons"]
+    assert not [label for label in made if "second_ranked_scores" in label]
 
 
 def test_metrics_are_numbers_one_step_after_the_other(study: Study) -> None:

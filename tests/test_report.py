@@ -22,10 +22,12 @@ from selfalign.core.records import (
     Response,
 )
 from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.power import detectable_difference
 from selfalign.report import write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
 from selfalign.report.html import decimals, percent, telling_apart
-from selfalign.report.sentences import verdict, warnings, what_was_run
+from selfalign.report.instruments import verdict
+from selfalign.report.sentences import warnings, what_was_run
 from selfalign.runs.reader import Candidate, Finished, best_first, read_samples, with_winner
 
 HOSTILE = "</p><script>alert('x')</script><img src=http://evil.example/x.png> & \"quoted\""
@@ -299,6 +301,7 @@ def test_whole_run_has_every_section(friendly_page: str) -> None:
     assert Page(friendly_page).sections == [
         "models",
         "from-model-to-model",
+        "instruments",
         "judging",
         "training",
         "preference-data",
@@ -411,6 +414,7 @@ def test_links_that_lead_nowhere_leave_their_sections_out(tmp_path: Path) -> Non
     assert page.sections == [
         "models",
         "from-model-to-model",
+        "instruments",
         "training",
         "preference-data",
         "dropped",
@@ -485,10 +489,123 @@ def test_paragraph_names_other_writers_their_pairs_and_what_changes(tmp_path: Pa
 def test_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, said: str) -> None:
     run = begin(tmp_path / "run")
     rate = {"eval/win_rate": (low + high) / 2, "eval/win_rate_low": low, "eval/win_rate_high": high}
-    run.model("M2", "align", pairs=1, **rate, **{"eval/wins": 5, "eval/ties": 1, "eval/losses": 2})
+    run.model("M2", "align", pairs=1, **rate, **instrument("head_to_head"), **COMPARED)
     text = verdict(Finished.load(run.finish()))
     assert said in text
-    assert "8 instructions" in text
+    assert "8 instructions, a tie counting half" in text
+
+
+COMPARED = {"eval/wins": 5, "eval/ties": 1, "eval/losses": 2}
+
+
+def instrument(name: str, *, passed: bool = True) -> dict[str, float]:
+    """What is measured of an instrument that passed, or of a blind one."""
+    accuracy = {"accuracy": 0.75, "accuracy_low": 0.625, "accuracy_high": 0.875}
+    blind = {"accuracy": 0.52, "accuracy_low": 0.46, "accuracy_high": 0.58}
+    one_place = {"one_place": 0.125 if passed else 0.88, "first_place": 0.5}
+    found = {"passed": float(passed), **(accuracy if passed else blind), "ties": 0.25, "comparisons": 96}
+    return {f"instrument/{name}/{key}": value for key, value in (found | one_place).items()}
+
+
+def win_rates(folder: Path, **measured: float) -> Finished:
+    """M2 wins half head to head and three quarters by score, of four instructions each."""
+    run = begin(folder)
+    run.evaluation("M1", [3, 3, 3, 3])
+    run.evaluation("M2", [4, 5, 3, 3])
+    rates = {"eval/win_rate": 0.5, "eval/win_rate_low": 0.1, "eval/win_rate_high": 0.9}
+    rates |= {"eval/score_win_rate": 0.75, "eval/score_win_rate_low": 0.55, "eval/score_win_rate_high": 0.95}
+    run.model("M2", "align", pairs=1, **rates, **{"eval/wins": 1, "eval/ties": 2, "eval/losses": 1}, **measured)
+    return Finished.load(run.finish())
+
+
+def plain(html: str) -> str:
+    return re.sub("<[^>]+>", "", html).replace("\u00a0", " ")
+
+
+def headings(run: Finished) -> str:
+    return plain(report(run.folder).split('aria-label="models"')[1].split("</thead>")[0])
+
+
+def test_headline_is_the_first_instrument_that_passed(tmp_path: Path) -> None:
+    both = win_rates(tmp_path / "both", **instrument("head_to_head"), **instrument("scores"))
+    assert "M2 wins 50 % against M1 head to head on 4 instructions" in plain(verdict(both))
+    one = win_rates(tmp_path / "one", **instrument("head_to_head", passed=False), **instrument("scores"))
+    said = plain(verdict(one))
+    assert "M2 wins 75 % against M1 by score on 4 instructions, a tie counting half; 95 % interval 55 % to 95 %" in said
+    assert "passed its measurement: it is right on 75 % [62 %, 88 %] of 96 pairs" in said
+    assert "Head to head the judge is blind and left out: it is right on 52 % [46 %, 58 %] of 96 pairs" in said
+    assert "names one place in 88 %" in said
+    assert "win rate by score" in headings(one)
+    assert "win rate vs M1" not in headings(one)
+
+
+def test_blind_instruments_stand_in_the_headlines_place(tmp_path: Path) -> None:
+    run = win_rates(tmp_path / "run", **instrument("head_to_head", passed=False), **instrument("scores", passed=False))
+    said = plain(verdict(run))
+    assert said.startswith(
+        "Blind: no judge of this run passed its measurement, so it is not known whether M2 is better"
+    )
+    assert "Head to head: it is right on 52 %" in said
+    assert "By score: it is right on 52 %" in said
+    assert "wins" not in said.split("(power")[0].replace("can see a win rate", "")
+    assert "win rate vs M1 (blind)" in headings(run)
+    assert "prefers" not in said
+
+
+def test_what_was_not_measured_is_no_claim(tmp_path: Path) -> None:
+    run = win_rates(tmp_path / "run")
+    said = plain(verdict(run))
+    assert said.startswith("Not measured: no held-out ranked answers say what this judge sees, so it is not known")
+    assert "M2 wins 50 % against M1 head to head on 4 instructions" in said
+    assert "tell the two models apart" not in said
+    assert "win rate vs M1 (not measured)" in headings(run)
+    assert "Not measured: no ranked answers are held out" in plain(report(run.folder))
+
+
+def test_judge_that_checks_what_is_right_needs_no_measurement(tmp_path: Path) -> None:
+    run = win_rates(tmp_path / "run", **instrument("head_to_head", passed=False))
+    for place in ("M1", "M2"):
+        manifest = run.folder / f"artifacts/evaluation_{place}/scores/manifest.json"
+        write_json(manifest, {"inputs": {"judge": {"class": "Verifier"}}})
+    said = plain(verdict(run))
+    assert "M2 wins 75 % against M1 by score on 4 instructions" in said
+    assert "This judge checks what is right." in said
+
+
+def test_headline_says_what_its_comparisons_can_see(tmp_path: Path) -> None:
+    """Four instructions see nothing. By score two of four are tied, as head to head; each by its own count."""
+    run = win_rates(tmp_path / "run", **instrument("head_to_head", passed=False), **instrument("scores"))
+    assert "4 instructions with 50 % ties can see no difference" in plain(verdict(run))
+    more = begin(tmp_path / "more")
+    rate = {"eval/win_rate": 0.5, "eval/win_rate_low": 0.3, "eval/win_rate_high": 0.7}
+    counts = {"eval/wins": 9, "eval/ties": 6, "eval/losses": 9}
+    more.model("M2", "align", pairs=1, **rate, **counts, **instrument("head_to_head"))
+    found = detectable_difference(24, 0.25)
+    assert found is not None
+    said = f"24 instructions with 25 % ties can see a win rate {math.ceil(100 * found)} points or more from 50 %"
+    assert said in plain(verdict(Finished.load(more.finish())))
+
+
+def test_instruments_have_a_table_with_a_row_for_each_and_the_models_it_served(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    shared, own = instrument("head_to_head", passed=False), instrument("judge")
+    run.models[0] |= shared | own
+    run.model("M2", "align", pairs=1, **shared, **own, **{"eval/win_rate": 0.5})
+    run.models[1]["instrument/judge/accuracy"] = 0.5
+    page = plain(report(run.finish()).split('aria-label="instruments"')[1].split("</table>")[0])
+    for row in ("head to head (M1, M2)", "own judging (M1)", "own judging (M2)"):
+        assert row in page
+    assert (page.count("blind"), page.count("passed")) == (1, 3)  # The heading and two rows.
+
+
+def test_model_that_judged_its_own_training_data_blindly_is_a_warning(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.models[0] |= instrument("judge", passed=False)
+    run.model("M2", "align", pairs=1, **instrument("judge", passed=False))
+    said = plain(warnings(Finished.load(run.finish())))
+    assert "a model that judged its own training data is blind" in said
+    assert "M1: it is right on 52 %" in said
+    assert "M2" not in said
 
 
 def test_rewards_on_held_out_pairs_and_drift_have_their_tables(tmp_path: Path) -> None:

@@ -185,3 +185,18 @@ def test_win_rate_matrix_has_both_directions_and_nothing_where_none_were_compare
     assert matrix["rates"] == [
         [None, pytest.approx(0.3), None], [0.7, None, pytest.approx(0.4)], [None, 0.6, None],
     ]  # fmt: skip
+
+
+def test_closing_text_names_a_blind_judge_of_a_win_rate_and_no_other(ledger: Ledger) -> None:
+    def said(**measured: float) -> str:
+        more = {f"instrument/{name.replace('__', '/')}": value for name, value in measured.items()}
+        numbers = ARTIFACTS[Label.evaluation("M2", "numbers")]
+        measured_last = {"evaluation_M3/numbers": numbers, "evaluation_M3/instruments": made("instruments", **more)}
+        artifacts = ARTIFACTS | labelled(measured_last)
+        return closing_text(summarise(artifacts, models_of(artifacts)), ledger)
+
+    blind = said(head_to_head__passed=0.0, head_to_head__accuracy=0.515, scores__passed=0.0, scores__accuracy=0.5)
+    assert "blind: the judge of eval/win_rate is right on 52% of ranked pairs" in blind
+    assert "eval/score_win_rate" not in blind  # There is no such win rate here.
+    assert "blind" not in said(head_to_head__passed=1.0, head_to_head__accuracy=0.7)
+    assert "blind" not in said()

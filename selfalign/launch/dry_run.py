@@ -12,6 +12,7 @@ from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.dry_run_stages import StageEstimator
+from selfalign.launch.experiment import sight
 from selfalign.launch.preflight import preflight
 from selfalign.launch.profiler import StageEstimate
 from selfalign.pipeline.loop import run_pipeline
@@ -41,6 +42,7 @@ def dry_run(config: ExperimentConfig) -> list[StageEstimate]:
         distributed.wait_for_all()
     elsewhere = not isinstance(config.engine, Transformers)
     text = estimate_text(estimator.estimates, config.price_per_hour, elsewhere=elsewhere)
+    text = "\n".join([text, "", *sight(config, estimator.instructions)[:1]])
     if estimator.unmeasured:
         text += f"\nNot measured: {', '.join(estimator.unmeasured)}"
     distributed.on_main(lambda: print(text, flush=True))

@@ -24,6 +24,7 @@ from selfalign.core.records import (
     Judgement,
     JudgementStatus,
     Prompt,
+    Response,
 )
 from selfalign.data.labelled import LABELLED
 from selfalign.data.turns import as_prompt, as_text
@@ -37,11 +38,13 @@ from selfalign.launch.profiler import Measured, ProfilingOutput, StageEstimate, 
 from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, distinct, max_length_generation
 from selfalign.losses.protocol import PreferenceLoss, UnpairedLoss, is_unpaired
 from selfalign.losses.refinement import Refinement
+from selfalign.metrics import catalog
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline.requirements import judge_prompt, max_judgement_tokens
 from selfalign.runs.labels import Label
 from selfalign.stages.align import align
+from selfalign.stages.compare_ranked import compare_ranked, ranked_pairs
 from selfalign.stages.distorted_instructions import DistortionConfig, distorted_instructions
 from selfalign.stages.head_to_head import head_to_head
 from selfalign.stages.instruct import InstructConfig, instruct
@@ -77,6 +80,7 @@ class StageEstimator:
         measured: {digest of what a measurement depends on: (result, folder)}, so that an equal stage is not run again.
         written: the number of artifacts written with dummy records.
         longest: makes the dummy records; set when M0 is loaded.
+        instructions: number of evaluation instructions, known when they are read.
     """
 
     config: ExperimentConfig
@@ -86,10 +90,14 @@ class StageEstimator:
     measured: dict[str, tuple[Measured, Path]] = field(default_factory=dict)
     written: int = 0
     longest: WorstCaseRecords = field(init=False)
+    instructions: int = 0
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
         """Return the artifact of given data or of M0, and for every other stage a planned artifact."""
-        return self._make(str(label), stage, inputs)
+        made = self._make(str(label), stage, inputs)
+        if label == Label.input("questions"):
+            self.instructions = made.counts[catalog.INSTRUCTIONS.name]
+        return made
 
     def _make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artifact:
         if declared(stage).given:
@@ -118,6 +126,7 @@ class StageEstimator:
             write_criteria: self._write_criteria,
             judge_stage: self._judge,
             head_to_head: self._head_to_head,
+            compare_ranked: self._compare_ranked,
             meta_judge: self._meta_judge,
             kl_divergence: self._kl_divergence,
             reference_logprobs: self._reference_logprobs,
@@ -317,6 +326,19 @@ class StageEstimator:
         given |= {"policy": others["policy"], "seed": others["seed"]}
         measured, _ = self._measure(label, head_to_head, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
+
+    def _compare_ranked(self, label: str, *, judge: PairwiseComparator, ranked: Artifact, **others: Any) -> None:
+        """Measure the first batch of the run's own ranked answers, which are given."""
+        if asks_a_server(judge):
+            asked = read_records(ranked.path / "instructions.jsonl", Instruction)
+            answers = read_records(ranked.path / "responses.jsonl", Response)
+            pairs = ranked_pairs(asked, answers, others["comparisons"], others["seed"])
+            texts = [(pair.instruction.text, pair.first.text, pair.second.text) for pair in pairs]
+            longest = max(texts, key=lambda one: sum(map(len, one)))
+            self._bill(label, judge, 2 * len(pairs), judge.ask(*longest), judge.verdict_tokens)
+            return
+        measured, _ = self._measure(label, compare_ranked, [ranked.digest], judge=judge, ranked=ranked, **others)
+        self._add_batches(label, measured, measured.batches_of(1))
 
     def _meta_judge(
         self,

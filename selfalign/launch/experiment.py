@@ -18,6 +18,7 @@ from selfalign.engines.resident import workers_may_stay
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.losses.protocol import Loss
+from selfalign.metrics.power import what_a_plan_can_see
 from selfalign.models.checkpoint import settle_imports
 from selfalign.pipeline.dtypes import auto_dtypes, dtypes_text
 from selfalign.pipeline.loop import plan, run_pipeline
@@ -98,7 +99,7 @@ def _run(
             preflight(config, stored.found)
             tell_resolved(folder, config)
             ledger.tracker = tracked.enter_context(open_trackers(config.tracker, folder, plain))
-            print(plan_text(plan(config), stored), flush=True)
+            print(plan_text(plan(config), stored), *sight(config, config.evaluate.count), sep="\n", flush=True)
             settle_imports()
             with at_the_end(partial(write_provenance, ledger, config.seed)), workers_may_stay():
                 run_pipeline(config, runner)
@@ -137,6 +138,16 @@ def tell_resolved(folder: Path, config: ExperimentConfig) -> None:
                 *(key, earlier, value, key, earlier),
             )
     write_json(path, resolved)
+
+
+def sight(config: ExperimentConfig, instructions: int) -> list[str]:
+    """Return which win rate the evaluation can see, as a line; none if no model answers instructions.
+
+    Args:
+        config: the experiment.
+        instructions: their number; 0 if it is not known.
+    """
+    return [f"sees    {what_a_plan_can_see(instructions)}", ""] if config.evaluate.instructions else []
 
 
 def is_finished(config: ExperimentConfig, folder: Path, stored: CacheLookup) -> bool:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from selfalign.core import distributed
 from selfalign.core.files import digest_json, path_of
 from selfalign.launch.sweep import Prepared, Sweep, run_job
+from selfalign.metrics.power import what_a_plan_can_see
 from selfalign.runs.folder import check_name
 
 NOT_HERE = (
@@ -81,6 +82,12 @@ class ListJobs(Callback):
                 sys.exit("error: the sweep has no jobs, because a range or choice in its overrides is empty")
             sweep.open(jobs)
             ListJobs.sweep = sweep
+            seeds = len({override for told in jobs for override in told if override.startswith("seed=")})
+            if seeds > 1 and OmegaConf.select(config, "evaluate.instructions"):
+                count = OmegaConf.select(config, "evaluate.count")
+                print(
+                    f"a setting with all its seeds, if these are independent, sees: {what_a_plan_can_see(count, seeds)}"
+                )
 
 
 @contextmanager

@@ -366,6 +366,28 @@ CALIBRATION_LENGTH_CORRELATION = Metric("calibration/length_correlation",
 CALIBRATION_SCORE_OF_RANK = Metric("calibration/score_of_rank/{rank}",
     "mean score of the answers with this human rank", "score", title="score of rank {rank}")
 
+# Instruments: the judges by which two models' answers are told apart, and the model's own judging
+INSTRUMENT_PASSED = Metric("instrument/{instrument}/passed",
+    "1 if the instrument passes the bar of `evaluate.instruments`, 0 if it is blind; missing if it was not measured",
+    "flag", better="higher", title="passed")
+INSTRUMENT_ACCURACY = Metric("instrument/{instrument}/accuracy",
+    "share of pairs of held-out ranked answers in which it prefers the better one; what it does not decide counts half",
+    "share", better="higher", title="accuracy")
+INSTRUMENT_ONE_PLACE = Metric("instrument/{instrument}/one_place",
+    "share of its comparisons in which the same place wins in both orders", "share", better="lower", title="one place")
+INSTRUMENT_FIRST_PLACE = Metric("instrument/{instrument}/first_place",
+    "share of its wins that are in the first place, over both orders; ½ is no preference",
+    "share", title="wins in the first place")
+INSTRUMENT_TIES = Metric("instrument/{instrument}/ties",
+    "share of these pairs that are ties, disagreeing orders included", "share", better="lower", title="ties")
+INSTRUMENT_UNREAD = Metric("instrument/{instrument}/unread", "share of these pairs without a verdict or a score",
+    "share", better="lower", title="without verdict")
+INSTRUMENT_REPEATED = Metric("instrument/{instrument}/repeated",
+    "share of two samples of one judge that order two answers alike; missing if it samples once",
+    "share", better="higher", title="repeated alike")
+INSTRUMENT_COMPARISONS = Metric("instrument/{instrument}/comparisons", "pairs of held-out ranked answers", "count",
+    title="pairs")
+
 # Benchmarks
 BENCHMARK_QUESTIONS = Metric("{benchmark}/questions", "questions of the benchmark", "count")
 BENCHMARK_SCORE = Metric("{benchmark}/score", "mean grade of its answers, 1 to 10, by its judge",
@@ -421,6 +443,18 @@ SECONDS = Metric("seconds", "wall time of a model's training data, training and 
 
 METRICS = {metric.name: metric for metric in tuple(globals().values()) if isinstance(metric, Metric)}
 """{name: declaration} of all metrics."""
+
+INSTRUMENT = (
+    INSTRUMENT_PASSED,
+    INSTRUMENT_ACCURACY,
+    INSTRUMENT_ONE_PLACE,
+    INSTRUMENT_FIRST_PLACE,
+    INSTRUMENT_TIES,
+    INSTRUMENT_UNREAD,
+    INSTRUMENT_REPEATED,
+    INSTRUMENT_COMPARISONS,
+)
+"""Metrics of an instrument."""
 
 COMPARED = (WINS, TIES, LOSSES, WIN_RATE, WIN_RATE_LENGTH_CONTROLLED, JUDGE_POSITION_BIAS)
 """Metrics of a head-to-head comparison that a model's evaluation has as `eval/<last part>`, against M1."""

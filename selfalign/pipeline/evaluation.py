@@ -11,6 +11,7 @@ from selfalign.judges.protocol import asks_a_server, only_compares
 from selfalign.losses.protocol import Loss
 from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import RunInputs
+from selfalign.pipeline.instruments import Instruments
 from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageRunner
@@ -40,6 +41,7 @@ class Evaluation:
         responses: {model: (responses, their scores)} of the models evaluated so far.
         benchmark_responses: {benchmark: {model: responses}} of the benchmarks on which models are compared.
         held_out: measures the models on held-out pairs.
+        instruments: measures the judges that the comparisons of models rest on.
     """
 
     config: ExperimentConfig
@@ -49,9 +51,11 @@ class Evaluation:
     responses: dict[str, MaybeJudged] = field(default_factory=dict)
     benchmark_responses: dict[str, dict[str, Artifact]] = field(default_factory=dict)
     held_out: HeldOutPairs = field(init=False)
+    instruments: Instruments = field(init=False)
 
     def __post_init__(self) -> None:
         self.held_out = HeldOutPairs(self.config, self.run, self.inputs)
+        self.instruments = Instruments(self.config, self.run, self.judging)
 
     def measure(
         self,
@@ -80,6 +84,7 @@ class Evaluation:
             divergence = self._divergence(label, models, instructions, responses)
         if not judging_only:
             self.held_out.measure(name, models, loss or self.config.loss, trained_on)
+        ranked = self._judge_ranked(label, models)
         self.run.make(
             label,
             evaluate,
@@ -88,10 +93,12 @@ class Evaluation:
             compared=compared,
             moved=divergence,
             trained=[models.current, *models.generated_pairs[-1:]],
-            ranked=self._judge_ranked(label, models),
+            ranked=ranked,
             top=getattr(self.config.judge, "max_score", None),
             bounds=self.config.evaluate.bounds,
         )
+        if ranked is not None:
+            self.instruments.measure(label, models, ranked, judging_only=judging_only)
         if judged is not None:
             self.responses[name] = judged
         if not judging_only:

@@ -5,7 +5,7 @@ The card is Markdown with the metadata that hubs read.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ from selfalign.core.files import write_atomically
 from selfalign.data.mixtures import parts_of
 from selfalign.metrics import catalog
 from selfalign.report.html import Column, is_number, plural, present, show
+from selfalign.report.instruments import INSTRUMENTS, WORDS, Standing, comparisons, verdict
 from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
-from selfalign.report.sentences import WHO, comparisons, judges_of_answers, verdict, warnings, what_was_run
+from selfalign.report.sentences import WHO, judges_of_answers, warnings, what_was_run
 from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
 from selfalign.runs.labels import Kind, Label, model_after
 from selfalign.runs.reader import Finished
@@ -45,6 +46,13 @@ SOURCES = {
     Label.input("preferences", "pairs"): "evaluation pairs",
 }
 """Artifacts that are read from one data source."""
+
+MEASURED = tuple(
+    replace(Column.of(metric.of(instrument=name)), heading=f"{words}: {metric.heading}")
+    for name, words in WORDS.items()
+    for metric in catalog.INSTRUMENT
+)
+"""How the judges of win rates, and each model's own judging, were measured."""
 
 TRAINING = ("learning_rate", "final_learning_rate", "schedule", "optimizer", "epochs", "batch_size", "dtype")
 """Training settings in the section on the method. The configuration at the end of the card holds all settings."""
@@ -151,8 +159,11 @@ def eval_results(run: Finished) -> "list[EvalResult]":
 
     row, places = run.models[-1], {source.purpose: source for source in sources(run)}
     found: list[EvalResult] = []
+    blind = [one.win_rate.name for one in INSTRUMENTS if one.standing(run, row) is Standing.BLIND]
     for metric in RESULTS:
         key = metric.name
+        if key in blind or key.removesuffix("_length_controlled") in blind:
+            continue  # Numbers of the metadata are quoted without what stands beside them.
         place = places.get("evaluation instructions" if key.startswith("eval/") else "ranked answers")
         if place is None or not is_number(row.get(key)):
             continue
@@ -298,7 +309,7 @@ def by_column(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> s
 
 def results(run: Finished) -> str:
     """Return the section on results: the metrics of every model with intervals."""
-    columns = {column.key: column for column in (*MODELS, *ANSWERS[1:], *OTHERS[1:], *JUDGING[1:])}
+    columns = {column.key: column for column in (*MODELS, *ANSWERS[1:], *OTHERS[1:], *JUDGING[1:], *MEASURED)}
     rows = [{**row, "trained_on": trained_on(row)} for row in run.models]
     remark = "Brackets show 95 % intervals over instructions, questions or pairs, not over seeds."
     return f"{html(verdict(run))}\n\n{by_column(list(columns.values()), rows)}\n\n{remark}".strip()

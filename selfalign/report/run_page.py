@@ -33,7 +33,8 @@ from selfalign.report.html import (
     preformatted,
     table,
 )
-from selfalign.report.sentences import verdict, warnings, what_was_run
+from selfalign.report.instruments import headline_metric, instruments_table, verdict
+from selfalign.report.sentences import warnings, what_was_run
 from selfalign.report.tables import (
     answers_table,
     benchmark_tables,
@@ -82,6 +83,9 @@ PURPOSES = {
     "head_to_head": "evaluation: head to head",
     "divergence": "evaluation: distance from M1",
     "ranked_scores": "evaluation: judging ranked answers",
+    "ranked_comparisons": "evaluation: comparing ranked answers",
+    "second_ranked_scores": "evaluation: judging ranked answers",
+    "instruments": "evaluation: measuring judges",
     "numbers": "evaluation: numbers",
 }
 """Purpose of a stage, by its label, by a part of its label, or by its name."""
@@ -99,6 +103,7 @@ def page(run: Finished) -> str:
         "From model to model": model_charts(run),
         "Answers": answers_table(run),
         "Win rates": grid([matrix(run, "Win rates")]) + comparisons_table(run),
+        "Instruments": instruments_table(run),
         "Held-out pairs": preferences_table(run),
         "Drift": drift_table(run),
         "Judging": judging_table(run) + ranked_histograms(run),
@@ -186,7 +191,9 @@ def models_table(run: Finished) -> str:
     rows = [{**row, "trained_on": trained_on(row)} for row in run.models]
     known = any(key.endswith("_low") for row in rows for key in row)
     intervals = "Brackets show 95 % intervals: Wilson's for shares of answers, bootstrap for all others."
-    return explained("models", MODELS, rows, note(intervals) if known else "")
+    rate = Column.of(headline_metric(run))
+    columns = [rate if column.key == catalog.EVAL_WIN_RATE.name else column for column in MODELS]
+    return explained("models", columns, rows, note(intervals) if known else "")
 
 
 def trained_on(row: Row) -> str:
@@ -207,8 +214,8 @@ def model_charts(run: Finished) -> str:
     charts = (
         (
             "Win rate against M1",
-            f"{bar}; dashed: as good as M1",
-            [_of_models(run, catalog.EVAL_WIN_RATE)],
+            f"{headline_metric(run).heading}; {bar}; dashed: as good as M1",
+            [_of_models(run, headline_metric(run))],
             percent,
             0.5,
         ),

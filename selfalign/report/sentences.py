@@ -1,4 +1,4 @@
-"""Sentences of the report: what was run, and what its last win rate shows. They are HTML, escaped here."""
+"""Sentences of the report: what was run, and warnings. They are HTML, escaped here."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 from selfalign.metrics import catalog
-from selfalign.report.html import compact, is_number, percent, strong
+from selfalign.report.html import compact, strong
+from selfalign.report.instruments import blind_judges
 from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label
 from selfalign.runs.reader import Finished
 
@@ -217,7 +218,7 @@ def _numbers(value: float | list[float]) -> str:
 
 
 def warnings(run: Finished) -> str:
-    """Return warnings of judges whose scores hardly differ between responses, and of models outside the bounds."""
+    """Return warnings of judges that saw nothing or whose scores hardly differ, and of models outside the bounds."""
     constant = [str(label) for label, counts in run.counts.items() if counts.get(catalog.JUDGE_CONSTANT.name)]
     crossed = [
         f"{row['model']}: {key.rpartition('/')[2].replace('_', ' ')} {compact(value)}"
@@ -231,33 +232,14 @@ def warnings(run: Finished) -> str:
             '<p class="verdict"><b>Warning: a judge gave nearly the same score to all responses</b> in '
             f"{escape(', '.join(constant))}. Training on these scores, or measuring with them, gives noise.</p>\n"
         )
+    if blind := blind_judges(run):
+        html += (
+            '<p class="verdict"><b>Warning: a model that judged its own training data is blind</b> '
+            f"(<code>evaluate.instruments</code>): {escape('; '.join(blind))}.</p>\n"
+        )
     if crossed:
         html += (
             '<p class="verdict"><b>Warning: metrics outside their bounds</b> (<code>evaluate.bounds</code>): '
             f"{escape('; '.join(crossed))}.</p>\n"
         )
     return html
-
-
-def comparisons(row: dict[str, Any]) -> int:
-    """Return the number of instructions on which a model was compared with M1 and the judge gave a verdict."""
-    return sum(int(row.get(one.name, 0)) for one in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
-
-
-def verdict(run: Finished) -> str:
-    """Return what the last win rate shows, and what it does not show."""
-    row = run.models[-1] if run.models else {}
-    if not is_number(row.get(catalog.EVAL_WIN_RATE.name)):
-        return ""
-    rate, low, high = (row[f"{catalog.EVAL_WIN_RATE.name}{end}"] for end in ("", "_low", "_high"))
-    first = escape(run.models[0]["model"]) if "evaluated" in run.summary else "M1"
-    compared = comparisons(row)
-    conclusion = "It includes 50\u00a0%, so this run does not tell the two models apart."
-    if low > 0.5 or high < 0.5:
-        side, preferred = ("above", "the last model's") if low > 0.5 else ("below", f"{first}'s")
-        conclusion = f"It lies {side} 50\u00a0%: this judge prefers {preferred} answers."
-    return (
-        f'<p class="verdict"><b>{escape(row["model"])} wins {percent(rate)} against {first}</b> on {compared} '
-        f"instructions, a tie counting half; 95\u00a0% interval {percent(low)} to {percent(high)}. {conclusion} The "
-        "interval covers the sampling of instructions, but neither the seed nor the judge's errors.</p>\n"
-    )

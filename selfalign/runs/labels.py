@@ -30,7 +30,7 @@ JUDGE_PAIRS = "judge_pairs"
 """The part of an iteration that has its pairs of judgements."""
 
 WRITTEN = ("instructions", "responses", "answers", *CRITERIA.values())
-REPEATED = ("answers", "scores", "ranked_scores", "answer_criteria", "ranked_criteria")
+REPEATED = ("answers", "scores", "ranked_scores", "ranked_comparisons", "answer_criteria", "ranked_criteria")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from selfalign.core.formatting import duration, table
 from selfalign.metrics import catalog
-from selfalign.metrics.catalog import Metric
+from selfalign.metrics.catalog import INSTRUMENT_ACCURACY, INSTRUMENT_PASSED, Metric
+from selfalign.metrics.instruments import HEAD_TO_HEAD, SCORES
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.runner import CacheLookup
@@ -66,12 +67,14 @@ def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
     """Return a model's metrics: of its training and its evaluation, and the seconds of both and of its data."""
     label = Label.parse(model)
     parts = [artifact for one, artifact in artifacts.items() if one.serves == model]
-    numbers, rewards = (artifacts.get(Label.evaluation(model, part)) for part in ("numbers", "preferences"))
+    measured = ("numbers", "instruments", "preferences")
+    numbers, instruments, rewards = (artifacts.get(Label.evaluation(model, part)) for part in measured)
     return {
         "model": model,
         "iteration": label.iteration_number,
         **(flat_numbers(artifacts[label].counts) if label in artifacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
+        **(flat_numbers(instruments.counts) if instruments else {}),
         **(_rewards(rewards) if rewards else {}),
         **_benchmarked(parts),
         catalog.SECONDS.name: round(sum(one.seconds for one in {part.path: part for part in parts}.values()), 1),
@@ -97,6 +100,7 @@ def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
     rows = [[row["model"], *(_cell(row, metric) for metric in columns)] for row in models]
     first = models[0]["model"] if "evaluated" in summary else "M1"
     lines = ["", *table(["model", *(metric.heading.replace("M1", first) for metric in columns)], rows), ""]
+    lines += blind_judges(models[-1])
     for label, reasons in summary["drops"].items():
         lines.append(f"dropped in {label}: {drops_text(reasons)}")
     lines += [
@@ -108,6 +112,19 @@ def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
     if len(ledger.reused) == len(ledger.artifacts):
         lines.append("Everything was made before; nothing had to be made again.")
     return "\n".join(lines)
+
+
+def blind_judges(row: dict[str, Any]) -> list[str]:
+    """Return a line for each judge of the last model's win rates that did not pass its measurement."""
+    lines: list[str] = []
+    for name, metric in ((HEAD_TO_HEAD, catalog.EVAL_WIN_RATE), (SCORES, catalog.EVAL_SCORE_WIN_RATE)):
+        passed, accuracy = (one.of(instrument=name).name for one in (INSTRUMENT_PASSED, INSTRUMENT_ACCURACY))
+        if row.get(passed) == 0 and metric.name in row:
+            lines.append(
+                f"blind: the judge of {metric.name} is right on {row[accuracy]:.0%} of ranked pairs, a tie counting "
+                "half; the report has its figures"
+            )
+    return lines
 
 
 def drops_text(reasons: dict[str, int]) -> str:

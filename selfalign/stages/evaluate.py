@@ -14,6 +14,7 @@ from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server
 from selfalign.metrics import catalog
 from selfalign.metrics.bounds import MetricBounds
+from selfalign.metrics.instruments import InstrumentTest
 from selfalign.metrics.intervals import correlation, distinct, repetition
 from selfalign.metrics.judge_quality import RankedQuestion, calibration, judge_quality
 from selfalign.metrics.summaries import outcomes_by_score, win_statistics
@@ -73,6 +74,7 @@ class EvaluateConfig:
         sampling: how responses are sampled.
         bounds: bounds for the responses and the training.
         preference_pairs: the pairs on which every model's rewards are measured.
+        instruments: how the judges of win rates are measured, and the bar that they must pass.
     """
 
     instructions: Any = "shipped:evaluation"
@@ -86,6 +88,7 @@ class EvaluateConfig:
     sampling: Sampling = field(default_factory=Sampling)
     bounds: MetricBounds = field(default_factory=MetricBounds)
     preference_pairs: PreferenceTest = field(default_factory=PreferenceTest)
+    instruments: InstrumentTest = field(default_factory=InstrumentTest, metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         self.instructions = data_source(self.instructions, "evaluate.instructions")
