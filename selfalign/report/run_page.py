@@ -46,6 +46,7 @@ from selfalign.report.tables import (
     ranked_histograms,
 )
 from selfalign.report.timing import times_table
+from selfalign.report.truth import truth_section
 from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 
@@ -82,6 +83,7 @@ PURPOSES = {
     "head_to_head": "evaluation: head to head",
     "divergence": "evaluation: distance from M1",
     "ranked_scores": "evaluation: judging ranked answers",
+    "truth": "evaluation: what is right",
     "numbers": "evaluation: numbers",
 }
 """Purpose of a stage, by its label, by a part of its label, or by its name."""
@@ -98,6 +100,7 @@ def page(run: Finished) -> str:
         "Models": models_table(run),
         "From model to model": model_charts(run),
         "Answers": answers_table(run),
+        "Truth": truth_section(run),
         "Win rates": grid([matrix(run, "Win rates")]) + comparisons_table(run),
         "Held-out pairs": preferences_table(run),
         "Drift": drift_table(run),

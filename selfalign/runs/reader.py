@@ -160,7 +160,7 @@ class Finished:
 
     def iteration_rows(self) -> list[Row]:
         """Return the counts of each iteration, named `<part>/<name>`."""
-        parts = ("instructions", "responses", "judgements", "pairs")
+        parts = ("instructions", "responses", "judgements", "pairs", "truth")
         return [
             {"iteration": n}
             | {f"{part}/{k}": v for part in parts for k, v in self.counts.get(Label.iteration(n, part), {}).items()}

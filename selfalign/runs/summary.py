@@ -65,12 +65,13 @@ def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
     """Return a model's metrics: of its training and its evaluation, and the seconds of both and of its data."""
     label = Label.parse(model)
     parts = [artifact for one, artifact in artifacts.items() if one.serves == model]
-    numbers, rewards = (artifacts.get(Label.evaluation(model, part)) for part in ("numbers", "preferences"))
+    numbers, true, rewards = (artifacts.get(Label.evaluation(model, p)) for p in ("numbers", "truth", "preferences"))
     return {
         "model": model,
         "iteration": label.iteration_number,
         **(flat_numbers(artifacts[label].counts) if label in artifacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
+        **(flat_numbers(true.counts) if true else {}),
         **(_rewards(rewards) if rewards else {}),
         **_benchmarked(parts),
         catalog.SECONDS.name: round(sum(artifact.seconds for artifact in parts), 1),
