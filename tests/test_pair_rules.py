@@ -143,6 +143,8 @@ def check_alike_texts_make_no_pair(module: ModuleType) -> None:
     assert dropped(whole, " ".join([*words[:-2], "x", "y"])) == {}
     assert dropped(whole, " ".join([*words[:-2], "x", "y"]), max_similarity=0.9) == {"near_identical": 1}
     assert dropped(whole, whole.upper() + "  ") == {"near_identical": 1}
+    assert dropped(whole, whole.upper() + "  ", max_similarity=0.999) == {"near_identical": 1}
+    assert dropped(whole, whole.upper(), max_similarity=1) == dropped(whole, whole + " ", max_similarity=1) == {}
     characters = "".join(map(chr, range(0x4E00, 0x4E14)))
     assert dropped(characters, characters[:-1] + "x") == {"near_identical": 1}
     assert dropped("Yes.", "No.") == {}

@@ -33,6 +33,9 @@ STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")
 RECIPES = ["spin", "temporal", "cream", "meta_rewarding", "self_taught", "dice", "iterative_rpo", "rubric_self_reward"]
 """Loops that came after the two papers."""
 
+CONTROLS = ["control_verifier", "control_random", "control_swapped"]
+"""Runs whose outcome is known before: the test of the whole machine."""
+
 SMALL = [name for name in STUDIES if name.endswith("_small") and name.removesuffix("_small") not in RECIPES]
 PAPERS = [name.removesuffix("_small") for name in SMALL]
 
@@ -116,6 +119,7 @@ def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> N
         *SMALL,
         *RECIPES,
         *(f"{name}_small" for name in RECIPES),
+        *CONTROLS,
     }
 
 
@@ -125,6 +129,24 @@ def test_every_recipe_is_planned_at_both_sizes_and_has_a_line_in_the_docs(name: 
     assert config.name == name
     assert f"M{config.iterations + 1}" in planned(config)
     assert f"experiment={name.removesuffix('_small')}`" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+def test_controls_differ_in_their_judge_alone() -> None:
+    plain = [dict(flat(composed_study(name)[1])) for name in CONTROLS]
+    shared = [
+        {
+            key: value
+            for key, value in one.items()
+            if not key.startswith("judge.") and key not in ("name", "choices.judge")
+        }
+        for one in plain
+    ]
+    assert shared[0] == shared[1] == shared[2]
+    assert [space_of(name) for name in CONTROLS] == [{"seed": "0,1,2"}] * 3
+    files = {one["judge.function"].partition(":")[0] for one in plain[1:]}
+    assert all((ROOT / file).is_file() for file in files)
+    text = (ROOT / "experiments/controls/README.md").read_text(encoding="utf-8")
+    assert all(f"selfalign experiment={name}\n" in text for name in CONTROLS)
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

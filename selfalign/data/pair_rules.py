@@ -49,8 +49,8 @@ class PairRule(ABC):
         length_control: ρ, at least 0 and below 1, or a list with one for each iteration; null goes by score alone, and
             by the order of the responses among equal scores.
         finished_only: only responses that ended by themselves take part, not those cut at the token limit.
-        max_similarity: pairs are dropped whose texts reach this ROUGE-L F1 of words, from 0 to 1; whatever it is,
-            equal texts make no pair.
+        max_similarity: pairs are dropped whose texts reach this ROUGE-L F1 of words, whatever their capitals, above 0;
+            1 drops equal texts only, which make no pair whatever it is.
         minimum_pairs: the run stops when fewer pairs are left.
         consistency: judges the responses a second time, by `consistent_with`, and takes the share of an instruction's
             response pairs that both judges order alike as its consistency C (ties count half; (τ+1)/2 of CREAM, arXiv
@@ -318,6 +318,8 @@ def against_pair(rule: PairRule, chosen: ScoredResponse, rejected: ScoredRespons
         return "identical"
     if not one or not other:
         return "empty_response"
+    if rule.max_similarity == 1:
+        return None
     alike = Indel.normalized_similarity(pieces_of(one), pieces_of(other))
     return "near_identical" if alike >= rule.max_similarity else None
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Judgement, JudgementStatus
+from selfalign.core.records import FinishReason, Instruction, Judgement, JudgementStatus, Response
 from selfalign.data.thinking import answer_given
-from selfalign.data.verifiable import verify
+from selfalign.data.verifiable import Outcome, verify
 from selfalign.judges.protocol import NO_MODEL, DegeneracyThresholds, InstructionResponse, JudgeContext, JudgeOutput
 
 
@@ -46,14 +46,23 @@ class Verifier:
         return JudgeOutput(judgements=[_judgement(subject) for subject in subjects])
 
 
-def _judgement(subject: InstructionResponse) -> Judgement:
-    response = subject.response
+def passed_checks(instruction: Instruction, response: Response) -> Outcome:
+    """Check the answer of a response, without its thought.
+
+    Raises:
+        SelfalignError: the instruction does not say what is right.
+    """
     cut = response.finish_reason is FinishReason.LENGTH
-    verdict = verify(subject.instruction, answer_given(response.text), cut=cut)
-    if verdict is None:
+    outcome = verify(instruction, answer_given(response.text), cut=cut)
+    if outcome is None:
         raise SelfalignError(
-            f"judge=verifier: instruction {subject.instruction.id} has neither an answer nor constraints to check"
+            f"judge=verifier: instruction {instruction.id} has neither an answer nor constraints to check"
         )
+    return outcome
+
+
+def _judgement(subject: InstructionResponse) -> Judgement:
+    response, verdict = subject.response, passed_checks(subject.instruction, subject.response)
     return Judgement(
         id=f"{response.id}-1",
         response_id=response.id,

@@ -316,6 +316,14 @@ EVAL_FINISHED_SHARE = Metric("eval/finished_share", "share of answers that end b
     "share", better="higher", title="answers finished")
 EVAL_SCORE_LENGTH_CORRELATION = Metric("eval/score_length_correlation",
     "Spearman's, of score and length in characters over the answers", "correlation", title="answers: score and length")
+EVAL_TRUE_RATE = Metric("eval/true_rate",
+    "share of an instruction's checks that the answer passes, whoever judges; mean over evaluation instructions",
+    "share", better="higher", title="true rate")
+EVAL_TRUE_GAIN = Metric("eval/true_gain", "true rate minus M1's on the same instructions; its interval is paired",
+    "share", better="higher", title="true rate minus M1's")
+EVAL_TRUE_WIN_RATE = Metric("eval/true_win_rate",
+    "share of instructions whose answer passes more checks than M1's, a tie counts half",
+    "share", better="higher", title="win rate by truth")
 LONGER_PAIRS = Metric("longer_pairs", "pairs with responses of several turns or tool calls, which no judge scores",
     "count")
 PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preference_pairs` measured", "count")
@@ -334,6 +342,19 @@ PREFERENCES_DELTA_SCORE_SPEARMAN = Metric("preferences/delta_score_spearman",
     "Spearman's correlation of Δ and score difference, over the scored pairs",
     "correlation", better="higher", title="Δ and score, Spearman")
 CROSSED = Metric("bound_violated/{bound}", "value that violates this bound of `evaluate.bounds`; missing otherwise", "")
+
+# An iteration's judge and pairs against the truth
+TRUTH_RATE = Metric("truth/rate", "share of an instruction's checks that a candidate passes, mean over instructions",
+    "share", better="higher", title="candidates' true rate")
+TRUTH_JUDGE_ACCURACY = Metric("truth/judge_accuracy",
+    "share of two candidates to one instruction that differ in truth and that the judge orders alike; equal scores "
+    "count half", "share", better="higher", title="judge right")
+TRUTH_PAIR_GAP = Metric("truth/pair_gap", "share of checks that the chosen response passes minus the rejected one's",
+    "share", better="higher", title="true gap of pairs")
+TRUTH_PAIRS_RIGHT = Metric("truth/pairs_right", "share of pairs whose chosen response passes more checks",
+    "share", better="higher", title="pairs right")
+TRUTH_PAIRS_WRONG = Metric("truth/pairs_wrong", "share of pairs whose chosen response passes fewer checks",
+    "share", better="lower", title="pairs wrong")
 
 # How well a model judges
 JUDGE_QUALITY_PAIRWISE_ACCURACY = Metric("judge_quality/pairwise_accuracy",

@@ -21,6 +21,7 @@ from selfalign.stages.head_to_head import head_to_head
 from selfalign.stages.judge import ImplicitReward
 from selfalign.stages.kl_divergence import kl_divergence
 from selfalign.stages.respond import RespondConfig, respond
+from selfalign.stages.truth import truth
 from selfalign.store.artifacts import Artifact
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Evaluation:
         if instructions is not None:
             responses = self._respond(label, models, instructions)
             judged = responses, self._score(label, models, instructions, responses)
+            self._check(label, instructions, responses)
             compared = self._compare(label, models, instructions, responses)
             divergence = self._divergence(label, models, instructions, responses)
         if not judging_only:
@@ -120,6 +122,13 @@ class Evaluation:
         if only_compares(self.config.judge):
             return None
         return self.judging.judge(label.sibling("scores"), self.config.evaluate.judge, models, instructions, responses)
+
+    def _check(self, label: Label, instructions: Artifact, responses: Artifact) -> None:
+        """Check responses by what the instructions say is right, where they must say it."""
+        if self.inputs.say_what_is_right:
+            first, _ = next(iter(self.responses.values()), (None, None))
+            inputs = {"instructions": instructions, "answers": responses, "baseline": first}
+            self.run.make(label.sibling("truth"), truth, **inputs)
 
     def _compare(
         self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact

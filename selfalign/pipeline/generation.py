@@ -20,6 +20,7 @@ from selfalign.stages.instruct import DEMONSTRATIONS, given_instructions, instru
 from selfalign.stages.meta_judge import meta_judge
 from selfalign.stages.pair import gather_pairs, pair
 from selfalign.stages.respond import DEMONSTRATION, NEXT, join_responses, respond
+from selfalign.stages.truth import truth_of_candidates
 from selfalign.store.artifacts import Artifact
 
 
@@ -97,6 +98,8 @@ class PairGeneration:
             **({"thought_prompt": asked} if (asked := config.model.thinking.prompt) else {}),
             **second,
         )
+        if judgements is not None and not prefix:
+            self._check(label, instructions, responses, judgements, pairs)
         meta = config.data.meta_judge
         if meta is None or iteration not in meta.chosen_iterations(config.iterations):
             return pairs
@@ -104,6 +107,15 @@ class PairGeneration:
         judged = {"instructions": instructions, "responses": responses, "judgements": judgements}
         parts = [pairs, self._judge_pairs(config, label, models, judged)]
         return self.run.make(label.sibling(f"{prefix}joined_pairs"), gather_pairs, parts=parts)
+
+    def _check(
+        self, label: Label, instructions: Artifact, responses: Artifact, judgements: Artifact, pairs: Artifact
+    ) -> None:
+        """Check responses, scores and pairs by what given instructions say is right, where they must say it."""
+        if self.inputs.say_what_is_right and self.inputs.instructions is not None:
+            made = {"instructions": instructions, "responses": responses, "judgements": judgements}
+            in_pairs = isinstance(self.config.pair, PairRule)
+            self.run.make(label.sibling("truth"), truth_of_candidates, pairs=pairs if in_pairs else None, **made)
 
     def _judge_pairs(
         self, config: ExperimentConfig, label: Label, models: RunModels, judged: dict[str, Any]

@@ -120,6 +120,11 @@ class RunInputs:
         return {"schema": schema} if (schema := self.config.data.schema) is not None else {}
 
     @property
+    def say_what_is_right(self) -> bool:
+        """Whether instructions must say what is right, because responses are checked by it."""
+        return self.config.evaluate.truth or any(map(verifies, judges_in("judge", self.config.judge).values()))
+
+    @property
     def held_out(self) -> list[Artifact]:
         """Artifacts with instructions that no training may see."""
         artifacts = (self.ranked, self.questions, self.validation)
@@ -248,7 +253,7 @@ class RunInputs:
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": seeds}
         if schema is not None:
             inputs["schema"] = schema
-        if judged and any(map(verifies, judges_in("judge", self.config.judge).values())):
+        if judged and self.say_what_is_right:
             inputs["verifiable"] = True
         others = [artifact for artifact in trained_on if artifact.digest != self.seed_data.digest]
         if found := overlapping(others, source):

@@ -47,6 +47,7 @@ from selfalign.report.tables import (
     ranked_histograms,
 )
 from selfalign.report.timing import times_table
+from selfalign.report.truth import truth_section
 from selfalign.runs.labels import BASELINE, JUDGE_PAIRS, Kind, Label
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 
@@ -86,6 +87,7 @@ PURPOSES = {
     "ranked_comparisons": "evaluation: comparing ranked answers",
     "second_ranked_scores": "evaluation: judging ranked answers",
     "instruments": "evaluation: measuring judges",
+    "truth": "evaluation: what is right",
     "numbers": "evaluation: numbers",
 }
 """Purpose of a stage, by its label, by a part of its label, or by its name."""
@@ -102,6 +104,7 @@ def page(run: Finished) -> str:
         "Models": models_table(run),
         "From model to model": model_charts(run),
         "Answers": answers_table(run),
+        "Truth": truth_section(run),
         "Win rates": grid([matrix(run, "Win rates")]) + comparisons_table(run),
         "Instruments": instruments_table(run),
         "Held-out pairs": preferences_table(run),

@@ -187,7 +187,7 @@ class Finished:
 
     def iteration_rows(self) -> list[Row]:
         """Return the counts of each iteration, named `<part>/<name>`, and those of its model, named `model/<name>`."""
-        parts = ("instructions", "responses", "judgements", "pairs", JUDGE_PAIRS, "replayed_pairs")
+        parts = ("instructions", "responses", "judgements", "pairs", JUDGE_PAIRS, "replayed_pairs", "truth")
         labels = {n: {part: Label.iteration(n, part) for part in parts} for n in self.iterations}
         return [
             {"iteration": n}

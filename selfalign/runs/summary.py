@@ -67,13 +67,14 @@ def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
     """Return a model's metrics: of its training and its evaluation, and the seconds of both and of its data."""
     label = Label.parse(model)
     parts = [artifact for one, artifact in artifacts.items() if one.serves == model]
-    measured = ("numbers", "instruments", "preferences")
-    numbers, instruments, rewards = (artifacts.get(Label.evaluation(model, part)) for part in measured)
+    measured = ("numbers", "truth", "instruments", "preferences")
+    numbers, true, instruments, rewards = (artifacts.get(Label.evaluation(model, part)) for part in measured)
     return {
         "model": model,
         "iteration": label.iteration_number,
         **(flat_numbers(artifacts[label].counts) if label in artifacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
+        **(flat_numbers(true.counts) if true else {}),
         **(flat_numbers(instruments.counts) if instruments else {}),
         **(_rewards(rewards) if rewards else {}),
         **_benchmarked(parts),

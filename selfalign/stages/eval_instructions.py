@@ -47,7 +47,7 @@ def eval_instructions(
         trained_on: other artifacts that the models were trained on, with demonstrations.jsonl or pairs.jsonl.
         held_out: instructions.jsonl of the evaluation, if these instructions select among models.
         schema: the user's description of the source's rows; None for a known format.
-        verifiable: whether each must say what is right, because the judge checks it.
+        verifiable: whether each must say what is right, because responses are checked by it.
 
     Raises:
         SelfalignError: no instruction is left, one does not say what is right, or two that ask the same differ in it.
@@ -89,7 +89,7 @@ def _check_verifiable(source: DataSource, instructions: Sequence[Instruction]) -
     if silent := [one for one in instructions if not checks_of(one)]:
         raise SelfalignError(
             f"{source}: {len(silent)} of {len(instructions)} instructions, such as {silent[0].id}, have neither an "
-            "answer nor constraints, which the judge checks. Give them (docs/judges.md has their forms), or take "
+            "answer nor constraints to check. Give them (docs/judges.md has their forms), or take "
             "shipped:verifiable and shipped:verifiable_test"
         )
 

@@ -75,6 +75,8 @@ class EvaluateConfig:
         bounds: bounds for the responses and the training.
         preference_pairs: the pairs on which every model's rewards are measured.
         instruments: how the judges of win rates are measured, and the bar that they must pass.
+        truth: whether answers and candidates are checked by what their instructions say is right, beside the judge's
+            scores. It always is where the judge itself does so (`judge=verifier`).
     """
 
     instructions: Any = "shipped:evaluation"
@@ -89,6 +91,7 @@ class EvaluateConfig:
     bounds: MetricBounds = field(default_factory=MetricBounds)
     preference_pairs: PreferenceTest = field(default_factory=PreferenceTest)
     instruments: InstrumentTest = field(default_factory=InstrumentTest, metadata={"keyed": "if set"})
+    truth: bool = field(default=False, metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         self.instructions = data_source(self.instructions, "evaluate.instructions")
@@ -102,6 +105,11 @@ class EvaluateConfig:
         if self.reference_outputs and not (self.head_to_head and self.instructions):
             raise SelfalignError(
                 "evaluate.reference_outputs needs evaluate.head_to_head and evaluate.instructions: set both"
+            )
+        if self.truth and not self.instructions:
+            raise SelfalignError(
+                "evaluate.truth checks answers to evaluate.instructions, and there are none: set "
+                "evaluate.instructions=shipped:verifiable_test, for example"
             )
         compares = self.instructions or self.compare_benchmarks
         if (self.round_robin or self.compare_benchmarks) and not (self.head_to_head and compares):
