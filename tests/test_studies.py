@@ -25,9 +25,12 @@ from selfalign.config.hydra import register
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
+from selfalign.pipeline.inputs import RunInputs
+from selfalign.runs.runner import Runner
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seed_data import EFTSource
+from selfalign.store.artifacts import Store
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 RECIPES = ["spin", "temporal", "cream", "meta_rewarding", "self_taught", "dice", "iterative_rpo", "rubric_self_reward"]
@@ -125,6 +128,18 @@ def test_every_recipe_is_planned_at_both_sizes_and_has_a_line_in_the_docs(name: 
     assert config.name == name
     assert f"M{config.iterations + 1}" in planned(config)
     assert f"experiment={name.removesuffix('_small')}`" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_small_recipe_is_on_smollm2_and_its_inputs_are_read(name: str, tmp_path: Path) -> None:
+    config = study(f"{name}_small")
+    assert config.model.path == "packaged:smollm2-135m-instruct"
+    RunInputs(config, Runner(Store(tmp_path)))
+
+
+def test_iterative_rpo_is_measured_on_tasks_that_the_verifier_can_check(tmp_path: Path) -> None:
+    config = study("iterative_rpo", "data.instruct.source=shipped:verifiable:40", "data.instruct.count=10")
+    RunInputs(config, Runner(Store(tmp_path)))
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
