@@ -1,7 +1,7 @@
 """What a run of a recipe came to: its models in the rows of a table, each difference from M1 with its 95 % interval.
 
-`python experiments/recipes/measure.py outputs/iterative_rpo_small-…` reads the run and makes nothing. Scores are compared
-on the same instructions, so the interval is that of the mean difference (percentile bootstrap over instructions).
+`python experiments/recipes/measure.py outputs/iterative_rpo_small-…` reads the run. Scores of the same
+instructions are compared, so the interval is that of the mean difference (percentile bootstrap over instructions).
 """
 
 import sys
@@ -34,13 +34,15 @@ def main() -> None:
     run = Path(sys.argv[1])
     models = read_json(run / "summary.json")["models"]
     columns = [column for column in COLUMNS if any(column[1] in model for model in models)]
-    scores = {model["model"]: read_scores(run / f"artifacts/evaluation_{model['model']}/scores") for model in models}
-    first = next(iter(scores.values()))
-    rows = [
-        [model["model"], *(cell(model, *column[1:]) for column in columns), difference(scores[model["model"]], first)]
-        for model in models
-    ]
-    print(*table(["model", *(title for title, *_ in columns), "score − M1's [95 %]"], rows), sep="\n")
+    header = ["model", *(title for title, *_ in columns)]
+    rows = [[model["model"], *(cell(model, *column[1:]) for column in columns)] for model in models]
+    folders = [run / f"artifacts/evaluation_{model['model']}/scores" for model in models]
+    if all(folder.exists() for folder in folders):  # A pairwise judge scores no single answer.
+        first, *others = map(read_scores, folders)
+        header.append("score − M1's")
+        for row, changed in zip(rows, ["–", *(difference(scores, first) for scores in others)], strict=True):
+            row.append(changed)
+    print(*table(header, rows), sep="\n")
 
 
 def cell(model: dict[str, Any], metric: str, factor: float, decimals: int) -> str:
@@ -58,11 +60,9 @@ def ends_of(model: dict[str, Any], metric: str) -> list[str]:
 
 def difference(scores: dict[str, float], others: dict[str, float]) -> str:
     """The mean difference of scores on the instructions that both have scores of."""
-    if scores == others:
-        return "–"
     both = [scores[name] - others[name] for name in scores if name in others]
     mean = bootstrap_mean(both)
-    return f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}], {len(both)} answers"
+    return f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]"
 
 
 if __name__ == "__main__":
