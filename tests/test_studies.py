@@ -36,6 +36,9 @@ STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")
 RECIPES = ["spin", "temporal", "cream", "meta_rewarding", "self_taught", "dice", "iterative_rpo", "rubric_self_reward"]
 """Loops that came after the two papers."""
 
+TWINS = [name for name in RECIPES if name not in ("self_taught", "rubric_self_reward")]
+"""Those that SmolLM2-135M can run; docs/recipes.md says why it cannot run the others."""
+
 SMALL = [name for name in STUDIES if name.endswith("_small") and name.removesuffix("_small") not in RECIPES]
 PAPERS = [name.removesuffix("_small") for name in SMALL]
 
@@ -118,11 +121,11 @@ def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> N
         *PAPERS,
         *SMALL,
         *RECIPES,
-        *(f"{name}_small" for name in RECIPES),
+        *(f"{name}_small" for name in TWINS),
     }
 
 
-@pytest.mark.parametrize("name", [name for recipe in RECIPES for name in (recipe, f"{recipe}_small")])
+@pytest.mark.parametrize("name", [*RECIPES, *(f"{name}_small" for name in TWINS)])
 def test_every_recipe_is_planned_at_both_sizes_and_has_a_line_in_the_docs(name: str) -> None:
     config = composed(f"experiment={name}")[0]
     assert config.name == name
@@ -130,7 +133,7 @@ def test_every_recipe_is_planned_at_both_sizes_and_has_a_line_in_the_docs(name: 
     assert f"experiment={name.removesuffix('_small')}`" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TWINS)
 def test_small_recipe_is_on_smollm2_and_its_inputs_are_read(name: str, tmp_path: Path) -> None:
     config = study(f"{name}_small")
     assert config.model.path == "packaged:smollm2-135m-instruct"
