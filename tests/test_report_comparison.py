@@ -606,6 +606,24 @@ def test_best_is_sure_only_without_overlap() -> None:
     assert "from jobs 1, 2, whose intervals overlap" in said_of(wide, b, touching, job("c", 0.1, 0.05, 0.2, lam=3))
 
 
+def test_blind_judge_of_a_win_rate_is_named_before_the_best_job() -> None:
+    def measured(name: str, passed: int) -> JobResult:
+        made = job(name, 0.5, 0.4, 0.6, lam=passed)
+        figures = {"passed": passed, "accuracy": 0.5, "one_place": 0.875}
+        made.last.update({f"instrument/head_to_head/{name}": value for name, value in figures.items()})
+        return made
+
+    def said(*made: JobResult, metric: str = METRIC) -> str:
+        return comparison_sentences.blind(JobComparison.of(made, metric))
+
+    assert re.match(
+        r"<b>Blind in job 1:</b> .* In job 1 .*right on 50.%.*one place in 88.%",
+        said(measured("a", 0), measured("b", 1)),
+    )
+    assert said(measured("a", 0)).startswith("<b>Blind in all jobs:</b>")
+    assert said(measured("b", 1)) == said(job("c", 0.5)) == said(measured("a", 0), metric="rewards/margins") == ""
+
+
 def test_jobs_with_the_same_highest_value_are_all_named() -> None:
     a, b, c = job("a", 0.7, 0.6, 0.8, lam=1), job("b", 0.7, 0.5, 0.8, lam=2), job("c", 0.2, 0.1, 0.3, lam=3)
     assert said_of(a, b).startswith("All have the same highest win rate vs\u00a0M1, 70")

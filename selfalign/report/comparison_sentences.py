@@ -12,6 +12,7 @@ from selfalign.data.mixtures import parts_of
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
+from selfalign.report.instruments import INSTRUMENTS, Standing, figures
 from selfalign.report.jobs import FEW, JobComparison, JobResult, costs, seconds_alone
 from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
@@ -78,7 +79,20 @@ def verdict(comparison: JobComparison, compared: str = "") -> str:
     """Return the best job, whether it can be told apart from others, and the time of all jobs; see `best`."""
     if not comparison.finished:
         return '<p class="verdict"><b>No job has finished</b>, so there is nothing to compare yet.</p>\n'
-    return f'<p class="verdict">{best(comparison, compared)} {cost(comparison)}</p>\n'
+    return f'<p class="verdict">{blind(comparison)}{best(comparison, compared)} {cost(comparison)}</p>\n'
+
+
+def blind(comparison: JobComparison) -> str:
+    """Return in which jobs the judge of a win rate did not pass its measurement; empty for other metrics."""
+    judge = next((one for one in INSTRUMENTS if one.win_rate.name == comparison.metric), None)
+    runs = [(job, job.run) for job in comparison.finished if job.run]
+    unable = [job for job, run in runs if judge and judge.standing(run, job.last) is Standing.BLIND]
+    if judge is None or not unable:
+        return ""
+    numbers = ", ".join(str(job.number) for job in unable)
+    which = "in all jobs" if len(unable) == len(runs) else f"in {'jobs' if len(unable) > 1 else 'job'} {numbers}"
+    first = f"In job {unable[0].number} {figures(unable[0].last, judge.name)}."
+    return f"<b>Blind {which}:</b> the judge behind this metric did not pass its measurement. {first} "
 
 
 def best(comparison: JobComparison, compared: str = "") -> str:

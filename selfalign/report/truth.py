@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import Series, draw_models, series_of
-from selfalign.report.html import Column, Format, Row, compact, decimals, explained, figure, grid, is_number, percent
+from selfalign.report.html import Column, Format, compact, decimals, explained, figure, grid, is_number, percent
 from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.reader import Finished
 
@@ -120,7 +121,7 @@ def _scores(run: Finished) -> Series:
     scale = run.config["judge"]
     low, high = scale.get("min_score", 0), scale.get("max_score", 1)
     name = catalog.EVAL_MEAN_SCORE.name
-    shares: list[tuple[int, Row]] = [
+    shares: list[tuple[int, dict[str, Any]]] = [
         (x, {name: (row[name] - low) / (high - low)}) for x, row in enumerate(run.models) if is_number(row.get(name))
     ]
     on_scale = all(0 <= row[name] <= 1 for _, row in shares)
