@@ -98,12 +98,12 @@ class Number(Check):
     A statement must have one number, behind its last "=" if it has one.
     """
 
-    value: float
-    tolerance: float = 0.0
+    value: int | float
+    tolerance: int | float = 0.0
 
     def __post_init__(self) -> None:
         Check.__post_init__(self)
-        if not math.isfinite(self.value):
+        if isinstance(self.value, float) and not math.isfinite(self.value):
             raise SelfalignError(f"value must be a finite number, got {self.value}")
         if not 0 <= self.tolerance < math.inf:
             raise SelfalignError(f"tolerance must be 0 or more, got {self.tolerance}")
@@ -119,7 +119,7 @@ class Number(Check):
         if (number := one[0]) is None:
             return "a number that cannot be read"
         right = abs(number - Fraction(str(self.value))) <= Fraction(str(self.tolerance))
-        return "" if right else f"another number than {self.value:g}"
+        return "" if right else f"another number than {self.value}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
