@@ -304,7 +304,8 @@ EVAL_REPEATED_4 = Metric("eval/repetition_4",
     "share of word 4-grams (or character 4-grams) that occur earlier in the same answer",
     "share", better="lower", title="repeated 4-grams")
 EVAL_KL_TO_M1 = Metric("eval/kl_to_m1",
-    "mean log π - log π_M1 of the model's own answers, nats per answer: an estimate of KL(π ‖ M1)",
+    "mean log π - log π_M1 of the model's own answers, nats per answer: an estimate of KL(π ‖ M1), which may be "
+    "negative where answers are sampled below temperature 1 or top-p 1",
     "nats", title="KL to M1, nats")
 EVAL_KL_TO_M1_PER_TOKEN = Metric("eval/kl_to_m1_per_token", "the same estimate per token", "nats/token")
 EVAL_ANSWERS = Metric("eval/answers", "evaluation instructions answered", "count")
