@@ -12,12 +12,16 @@ from builders import ROOT, Said, composed, planned
 from chat_server import ChatServer, Fault, chat_server
 from team import Team
 
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.launch import experiment
 from selfalign.launch import preflight as preflight_module
 from selfalign.launch.experiment import run_experiment
 from selfalign.launch.preflight import preflight, problems
 from selfalign.runs.labels import Label
+from selfalign.runs.runner import Runner, StageRunner
 
 KEY = f"sk-{secrets.token_hex(16)}"
 
@@ -431,3 +435,20 @@ def test_dry_run_says_it_too(call: Callable[..., Said], tmp_path: Path) -> None:
         "packaged:smollm2-135m-instruct, random:tiny",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_code_in_the_provenance_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commit, run_pipeline = ["of the start"], experiment.run_pipeline
+
+    def change_code_and_stop(config: ExperimentConfig, run: StageRunner) -> None:
+        if isinstance(run, Runner):
+            commit[0] = "of the end"
+            raise SelfalignError("stopped")
+        run_pipeline(config, run)
+
+    monkeypatch.setattr(experiment, "code_state", lambda: {"commit": commit[0], "diff": ""})
+    monkeypatch.setattr(experiment, "run_pipeline", change_code_and_stop)
+    with pytest.raises(SelfalignError, match="stopped"):
+        run_experiment(*composed("experiment=smoke", f"output_dir={tmp_path}"))
+    (written,) = tmp_path.glob("smoke-*/provenance.json")
+    assert read_json(written)["commit"] == "of the start"

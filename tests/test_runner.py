@@ -268,7 +268,7 @@ def test_provenance_leads_back_to_code_versions_seed_and_weights(
     monkeypatch.setattr("sys.argv", ["/somewhere/selfalign", "experiment=smoke", "seed=7"])
     pairs = run.make(Label.parse("iteration_1/pairs"), write, text="four")
     account(run).artifacts[Label.model("M1")] = policy_artifact(tiny_policy)
-    write_provenance(account(run), 7)
+    write_provenance(account(run), 7, code_state())
     text = (account(run).folder / "provenance.json").read_text()
     content = json.loads(text)
     assert content["seed"] == 7
@@ -289,7 +289,7 @@ def test_provenance_leaves_out_packages_that_are_not_installed(run: Runner, monk
         return "1.0"
 
     monkeypatch.setattr("selfalign.runs.provenance.importlib.metadata.version", version)
-    write_provenance(account(run), 7)
+    write_provenance(account(run), 7, code_state())
     packages = json.loads((account(run).folder / "provenance.json").read_text())["packages"]
     assert packages["torch"] == "1.0"
     assert not {"selfalign", "wandb"} & packages.keys()

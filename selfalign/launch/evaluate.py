@@ -31,7 +31,7 @@ from selfalign.report.jobs import JobResult, as_text, differing, flat, told_apar
 from selfalign.runs.folder import open_folder
 from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.ledger import open_ledger
-from selfalign.runs.provenance import write_provenance
+from selfalign.runs.provenance import code_state, write_provenance
 from selfalign.runs.reader import Finished, check_artifacts
 from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner, StageRunner
 from selfalign.runs.summary import models_of
@@ -181,7 +181,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
             for run in every[:1]:
                 _tell_changed_data(run, config)
             tell_resolved(folder, config)
-            with at_the_end(partial(write_provenance, ledger, config.seed)), workers_may_stay():
+            with at_the_end(partial(write_provenance, ledger, config.seed, code_state())), workers_may_stay():
                 names = _measure(config, runner, sources, runs, trained, asked, ledger.artifacts)
             for label, made in ledger.artifacts.items():
                 ledger.link(label, made.path)  # Of the models too, which were made elsewhere.

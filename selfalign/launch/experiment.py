@@ -27,7 +27,7 @@ from selfalign.report.model_card import write_card
 from selfalign.runs.folder import open_folder, run_folder
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, open_ledger
-from selfalign.runs.provenance import write_provenance
+from selfalign.runs.provenance import code_state, write_provenance
 from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.runs.tracker import open_trackers
@@ -101,7 +101,7 @@ def _run(
             ledger.tracker = tracked.enter_context(open_trackers(config.tracker, folder, plain))
             print(plan_text(plan(config), stored), *sight(config, config.evaluate.count), sep="\n", flush=True)
             settle_imports()
-            with at_the_end(partial(write_provenance, ledger, config.seed)), workers_may_stay():
+            with at_the_end(partial(write_provenance, ledger, config.seed, code_state())), workers_may_stay():
                 run_pipeline(config, runner)
             conclude(ledger, config, plain, models_of(ledger.artifacts), (write_report, write_card))
         if config.hub.push:

@@ -31,8 +31,14 @@ OUTSIDE_MODELS = {Label.input("writer"), Label.input("judge"), Label.input("comp
 """Models from outside the run whose weights are recorded, besides the run's own."""
 
 
-def write_provenance(ledger: Ledger, seed: int) -> None:
-    """Write provenance.json: code, packages, machine, seed and the digests of all weights."""
+def write_provenance(ledger: Ledger, seed: int, code: dict[str, str]) -> None:
+    """Write provenance.json: code, packages, machine, seed and the digests of all weights.
+
+    Args:
+        ledger: of the run.
+        seed: of the run.
+        code: `code_state()` at the start of the run, whose code is the one that runs.
+    """
     policies = {
         str(label): PolicyCheckpoint(artifact.path).digest
         for label, artifact in ledger.artifacts.items()
@@ -41,7 +47,7 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
     write_json(
         ledger.folder / "provenance.json",
         {
-            **code_state(),
+            **code,
             "packages": {name: version for name in PACKAGES if (version := installed_version(name))}
             | packages_of_components(ledger),
             "python": platform.python_version(),
