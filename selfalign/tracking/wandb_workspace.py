@@ -25,7 +25,7 @@ OVER_LAMBDA = (
     catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES),
     catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES),
 )
-"""Metrics of the last model: a point for each run over λ, and a bar for each setting, its mean over seeds."""
+"""Metrics of the last model, a point for each run over λ and a bar for each setting, the mean over its seeds."""
 
 CURVES = (
     catalog.REWARDS_MARGINS,
@@ -45,7 +45,7 @@ BY_ITERATION = (
     catalog.JUDGE_QUALITY_KENDALL,
     catalog.JUDGE_MEAN_SCORE,
 )
-"""Metrics of models, one line for each setting: its mean over seeds."""
+"""Metrics of models, of which each setting has one line, the mean over its seeds."""
 
 
 def build(entity: str, project: str) -> "Workspace":
