@@ -282,6 +282,7 @@ TECHNICAL = (
         "train.*.dtype *.endpoint.*"
     ),
     *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
+    *words("evaluate.truth"),
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
     *words("model.system_prompt data.seed_data.assistant_turns"),

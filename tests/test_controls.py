@@ -53,13 +53,16 @@ JUDGES = {
     "swapped": ["judge=function", f"{FUNCTION}:swapped"],
 }
 SETTINGS = [
-    "experiment=smoke", "data=verifiable", "iterations=2", "loss=dpo", "data.seed_data.eft_source=none",
+    "experiment=smoke", "data=verifiable", "iterations=2", "loss=dpo", "loss.nll_weight=1", "data.seed_data.eft_source=none",
     "data.instruct.count=120", "pair.max_similarity=1", "train.sft.epochs=8", "train.sft.batch_size=8",
     "train.align.epochs=2", "train.align.batch_size=8", "train.align.learning_rate=3e-4", "evaluate.count=200",
     "evaluate.head_to_head=null", "evaluate.truth=true", "evaluate.sampling.max_new_tokens=8",
     "evaluate.sampling.temperature=1", "evaluate.sampling.top_p=1", "data.respond.candidates=4",
     "data.respond.sampling.max_new_tokens=8", "data.respond.sampling.temperature=1", "data.respond.sampling.top_p=1",
 ]  # fmt: skip
+"""Without the NLL term one of three seeds lost in its second iteration what it had gained: as "YES" is rejected for small
+letters and chosen for capital ones, the mass beside its first token went to "Yes", which is in no pair (likelihood
+displacement, arXiv 2410.08847)."""
 
 
 def write_questions(folder: Path) -> list[str]:
