@@ -1,11 +1,18 @@
 """Controls of the whole machine: runs whose outcome is known before they are made."""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
-from builders import TINY_RUN, metrics, run, write_tiny_data
+import numpy as np
+import pytest
+from builders import ROOT, TINY_RUN, metrics, run, write_tiny_data
 
 from selfalign.core.files import read_json
+from selfalign.core.jsonl import read_records, read_scores
+from selfalign.core.records import Instruction, Response
+from selfalign.metrics.intervals import Estimate
 
 OWN = ("refinement/", "rewards/accuracies_augmented", "rewards/ties_augmented")
 """What only a loss with Δ reports."""
@@ -28,3 +35,134 @@ def test_sr_dpo_without_refinement_reports_every_number_of_dpo(tmp_path: Path) -
     models = read_json(dpo / "summary.json")["models"]
     assert [row["model"] for row in models] == ["M1", "M2", "M3"]
     assert {"rewards/margins", "held_out/rewards/margins", "eval/kl_to_m1", "eval/mean_score"} <= models[-1].keys()
+
+
+# --- the judge is right, guesses, or is always wrong -------------------------------------------------------------
+
+ADJECTIVES = ["red", "old", "new", "big", "wet", "odd", "hot", "dry", "fat", "raw", "tin", "shy", "sad", "bad"]
+NOUNS = [
+    "hat", "cup", "dog", "mat", "key", "bed", "pen", "box", "car", "cat", "egg", "fan", "gem", "hen", "jar", "kit",
+    "leg", "mud", "net", "oak",
+]  # fmt: skip
+LETTERS = {"small": ("lower_case", "yes"), "capital": ("upper_case", "YES")}
+
+SEEDS = (0, 1, 2)
+FUNCTION = f"judge.function={ROOT / 'experiments/controls/judges.py'}"
+JUDGES = {
+    "verifier": ["judge=verifier"],
+    "random": ["judge=function", f"{FUNCTION}:random"],
+    "swapped": ["judge=function", f"{FUNCTION}:swapped"],
+}
+SETTINGS = [
+    "experiment=smoke", "data=verifiable", "iterations=2", "loss=dpo",
+    "data.seed_data.eft_source=none", "data.instruct.count=120", "pair.max_similarity=1",
+    "train.sft.epochs=8", "train.sft.batch_size=8",
+    "train.align.epochs=2", "train.align.batch_size=8", "train.align.learning_rate=3e-4", "evaluate.count=200",
+    "evaluate.head_to_head=null", "evaluate.truth=true", "evaluate.sampling.max_new_tokens=8",
+    "evaluate.sampling.temperature=1", "evaluate.sampling.top_p=1", "data.respond.candidates=4",
+    "data.respond.sampling.max_new_tokens=8", "data.respond.sampling.temperature=1", "data.respond.sampling.top_p=1",
+]  # fmt: skip
+
+
+def write_questions(folder: Path) -> list[str]:
+    """Questions to be answered in small or in capital letters, of which M1 learns two thirds of the answers right.
+
+    Both kinds are equally many, so that a policy that likes capitals, whatever was asked, gains nothing. No question
+    that is evaluated is trained on.
+    """
+    draw, things = random.Random(0), [f"{adjective} {noun}" for noun in NOUNS for adjective in ADJECTIVES]
+    draw.shuffle(things)
+    taught, asked, held_out = things[:60], things[60:180], things[180:]
+
+    def rows(of: list[str]) -> list[dict[str, Any]]:
+        return [
+            {"instruction": f"Is this a {thing}? Answer in {name} letters.", "constraints": [{"kind": kind}]}
+            for thing in of
+            for name, (kind, _) in LETTERS.items()
+        ]
+
+    answers = [right for _, right in LETTERS.values()]
+    demonstrations = [
+        {"id": f"{index}-{n}", "instruction": row["instruction"], "response": answers[(index + (n == 2)) % 2]}
+        for index, row in enumerate(rows(taught))
+        for n in range(3)
+    ]
+    sources = {
+        "data.seed_data.demonstrations": demonstrations,
+        "data.instruct.source": rows(asked),
+        "evaluate.instructions": rows(held_out),
+    }
+    for key, made in sources.items():
+        draw.shuffle(made)
+        (folder / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return [f"{key}={folder / key}.jsonl" for key in sources]
+
+
+def true_scores(folder: Path, model: str) -> dict[str, float]:
+    """{instruction id: share of its checks that a model's answer passes}."""
+    made = folder / f"artifacts/evaluation_{model}"
+    scores = read_scores(made / "truth")
+    return {one.instruction_id: scores[one.id] for one in read_records(made / "answers/responses.jsonl", Response)}
+
+
+def gain(folders: list[Path], model: str) -> Estimate:
+    """A model's true rate minus M1's: the mean over seeds, with a bootstrap interval over seeds and instructions.
+
+    Seeds are drawn, and of each drawn seed instructions: what chance in training does to a model counts too.
+    """
+    pairs = [(true_scores(folder, model), true_scores(folder, "M1")) for folder in folders]
+    gains = np.array([[own[name] - first[name] for name in sorted(first)] for own, first in pairs])
+    draw = np.random.default_rng(0)
+    seeds = draw.integers(len(gains), size=(1000, len(gains), 1))
+    questions = draw.integers(gains.shape[1], size=(1000, *gains.shape))
+    low, high = np.quantile(gains[seeds, questions].mean((1, 2)), [0.025, 0.975])
+    return Estimate(float(gains.mean()), float(low), float(high))
+
+
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """{judge: run folders, one for each seed}. Runs of a seed share M1 and the first candidates."""
+    folder = tmp_path_factory.mktemp("controls")
+    told = [*SETTINGS, *write_questions(folder)]
+    return {
+        name: [run(folder / "runs", f"name={name}", *told, *judge, f"seed={seed}") for seed in SEEDS]
+        for name, judge in JUDGES.items()
+    }
+
+
+@pytest.mark.nightly
+def test_loop_gains_with_the_truth_loses_with_its_opposite_and_stays_with_a_guess(
+    controls: dict[str, list[Path]],
+) -> None:
+    gains = {(judge, model): gain(folders, model) for judge, folders in controls.items() for model in ("M2", "M3")}
+    for model in ("M2", "M3"):
+        assert gains["swapped", model].high < 0, gains
+        assert gains["random", model].low <= 0 <= gains["random", model].high, gains
+    assert gains["verifier", "M2"].low > 0, gains  # M3 is left out: experiments/controls/README.md says why.
+    assert gains["swapped", "M3"].value < gains["swapped", "M2"].value
+
+
+@pytest.mark.nightly
+def test_judge_and_pairs_of_a_control_are_as_right_as_its_judge(controls: dict[str, list[Path]]) -> None:
+    found = {
+        name: [read_json(folder / "artifacts/iteration_1/truth/manifest.json")["counts"] for folder in folders]
+        for name, folders in controls.items()
+    }
+    for name, right in (("verifier", 1), ("swapped", 0)):
+        for counts in found[name]:
+            assert counts["truth/judge_accuracy"] == counts["truth/pairs_right"] == right
+            assert counts["truth/pairs_wrong"] == 1 - right
+    guessed = [counts["truth/judge_accuracy"] for counts in found["random"]]
+    assert sum(guessed) / len(SEEDS) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.nightly
+def test_no_held_out_question_of_a_control_is_trained_on(controls: dict[str, list[Path]]) -> None:
+    for folder in controls["verifier"]:
+        made = folder / "artifacts"
+
+        def texts(label: str, made: Path = made) -> set[str]:
+            return {one.text for one in read_records(made / label / "instructions.jsonl", Instruction)}
+
+        assert not texts("questions") & (texts("iteration_1/instructions") | texts("iteration_2/instructions"))
+        assert len(texts("questions")) == 200

@@ -139,14 +139,8 @@ def test_every_recipe_is_planned_at_both_sizes_and_has_a_line_in_the_docs(name: 
 
 def test_controls_differ_in_their_judge_alone() -> None:
     plain = [dict(flat(composed_study(name)[1])) for name in CONTROLS]
-    shared = [
-        {
-            key: value
-            for key, value in one.items()
-            if not key.startswith("judge.") and key not in ("name", "choices.judge")
-        }
-        for one in plain
-    ]
+    own = re.compile(r"judge\.|name$|choices\.")
+    shared = [{key: value for key, value in one.items() if not own.match(key)} for one in plain]
     assert shared[0] == shared[1] == shared[2]
     assert [space_of(name) for name in CONTROLS] == [{"seed": "0,1,2"}] * 3
     files = {one["judge.function"].partition(":")[0] for one in plain[1:]}
