@@ -131,7 +131,7 @@ def controls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 
 @pytest.mark.nightly
-def test_loop_gains_with_the_truth_loses_with_its_opposite_and_stays_with_a_guess(
+def test_first_iteration_gains_with_the_truth_and_both_lose_with_its_opposite_and_stay_with_a_guess(
     controls: dict[str, list[Path]],
 ) -> None:
     gains = {(judge, model): gain(folders, model) for judge, folders in controls.items() for model in ("M2", "M3")}
