@@ -55,6 +55,11 @@ OUT_OF_REACH = {
         "data.respond.writers=[next,self]: the next model is made of pairs in which M_t writes in its place, so the "
         "other writer must be another one, such as sft",
     ),
+    "settings of a judge that is not there": (
+        "preset=smollm2_loop evaluate=none evaluate.instructions=shipped:evaluation",
+        "evaluate.head_to_head has settings, but evaluate=none chooses no judge: take evaluate=default, or set "
+        "evaluate.head_to_head=null",
+    ),
     "a change in an iteration that there is not": (
         "+judge@at.3.judge=additive",
         "at.3: what changes from an iteration on is for iterations 2 to iterations=2",

@@ -124,6 +124,11 @@ class EvaluateConfig:
             )
         if not compares:
             self.head_to_head = None  # Without responses there is nothing to compare.
+        if isinstance(self.head_to_head, dict):
+            raise SelfalignError(
+                "evaluate.head_to_head has settings, but evaluate=none chooses no judge: take evaluate=default, or set "
+                "evaluate.head_to_head=null"
+            )
 
 
 def opponents(config: EvaluateConfig, before: Sequence[str]) -> list[str]:
