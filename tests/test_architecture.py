@@ -275,9 +275,9 @@ def test_every_group_has_its_options() -> None:
 
 
 def chosen_of(config: ExperimentConfig, group: str) -> set[type]:
-    """The classes of a group's components; of benchmarks there may be several, or none."""
+    """The classes of a group's components; of benchmarks and trackers there may be several, or none."""
     chosen = getattr(config, group)
-    return {type(one) for one in (chosen.values() if group == "benchmark" else [chosen])}
+    return {type(one) for one in (chosen.values() if group in ("benchmark", "tracker") else [chosen])}
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if "???" in (ROOT / f"conf/{o}.yaml").read_text()])
@@ -298,7 +298,7 @@ def test_option_composes_to_live_objects(option: str) -> None:
     assert plain.keys() - {"choices"} == {field.name for field in fields(ExperimentConfig)}
     assert "???" not in text
     if group in COMPONENTS:
-        assert len(chosen_of(config, group)) == 1
+        assert len(chosen_of(config, group)) == (option != "tracker/none")
 
 
 def test_every_component_is_an_option() -> None:
