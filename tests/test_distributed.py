@@ -171,7 +171,7 @@ def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(
     assert len(before.splitlines()) == 1
     assert not list((tmp_path / "out").rglob("scratch"))
     assert len(list(folder.glob("wandb/offline-run-*"))) == 2, "one a command"
-    assert said.out.count("W&B       ") == said.out.count("stage  ") == 1
+    assert said.out.count("tracked   ") == said.out.count("stage  ") == 1
     assert "Traceback" not in said.err
     assert said.err.count("M2: align") == 1
 

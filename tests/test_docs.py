@@ -139,7 +139,7 @@ def test_there_are_commands_to_check() -> None:
     assert len(CONFIGURED) >= 40
     assert len(OTHERS) >= 4
     assert len(EVALUATIONS) >= 4
-    assert len(LOOKUPS) >= 4
+    assert len(LOOKUPS) >= 3
     assert jobs_of(["selfalign", "-m", "loss=dpo,ipo", "loss.beta=0.1"]) == [
         ["loss=dpo", "loss.beta=0.1"],
         ["loss=ipo", "loss.beta=0.1"],

@@ -222,7 +222,7 @@ def test_same_command_again_makes_nothing_and_says_so(
 def test_same_seed_in_another_folder_makes_the_same_bytes(study: Study, tmp_path: Path) -> None:
     other = run(tmp_path, *study.overrides)
     files = record_files(study.folder)
-    assert len(files) == 42
+    assert len(files) == 43
     assert record_files(other) == files
     assert other.name == study.folder.name
     weights = [read_json(folder / "provenance.json")["weights"] for folder in (study.folder, other)]

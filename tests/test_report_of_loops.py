@@ -70,10 +70,10 @@ def test_paragraph_says_what_was_trained_on_beside_the_pairs(loop: Path) -> None
 
 
 def test_limits_say_that_models_judged_themselves_if_they_did(loop: Path, tmp_path: Path) -> None:
-    assert "judged its own training data" in section(written(loop).text, "Limits")
+    assert "ach model judged its own training data" in section(written(loop).text, "Limits")
     nobody = ("pair=by_writer", "pair.by_score=false", "data.respond.writers=[self,sft]", "iterations=1")
     folder = run(tmp_path / "outputs", *TINY_RUN, *write_tiny_data(tmp_path / "data"), *nobody)
-    assert "judged its own training data" not in section(written(folder).text, "Limits")
+    assert "ach model judged its own training data" not in section(written(folder).text, "Limits")
 
 
 def test_histogram_of_a_later_judge_has_its_scale(loop: Path) -> None:

@@ -69,7 +69,7 @@ def test_every_group_has_a_schema_but_those_of_mere_texts() -> None:
     assert len(FILES) >= 110
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.parent.name != "texts"], ids=path_of)
+@pytest.mark.parametrize("file", [file for file in FILES if file.parent.name != "texts" and read(file)], ids=path_of)
 def test_option_validates_and_a_misspelt_key_in_it_does_not(file: Path) -> None:
     checked, content = check(schema_of(file, conf_folder())), read(file)
     assert refuses(checked, content) == ""

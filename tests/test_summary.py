@@ -136,7 +136,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(ledger: Ledger) -> None:
     text = closing_text(summarise(ARTIFACTS, models_of(ARTIFACTS)), ledger)
     lines = text.splitlines()
-    without = {"judge accuracy", "test reward accuracy"}
+    without = {"judge accuracy", "test reward accuracy", "labelled responses"}
     assert {metric.heading for metric in COLUMNS if metric.heading not in lines[1]} == without
     cells = {line.split()[0]: line for line in lines[3:6]}
     assert list(cells) == ["M1", "M2", "M3"]
