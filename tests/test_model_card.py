@@ -269,10 +269,18 @@ def test_uncertainty_is_that_of_the_instructions_with_a_verdict(full: Path) -> N
     assert "A share of 2 instructions is uncertain by up to ±70 percentage points" in said
 
 
-def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None:
-    run = Finished.load(full)
+def test_server_that_judged_is_named_and_its_name_stays_text(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, inputs = Finished.load(full), Finished.inputs
+    server = {"endpoint": {"base_url": "http://there/v1", "model": "*big* <model>"}}
+
+    def of_server(run: Finished, label: Label) -> dict[str, Any]:
+        found = inputs(run, label)
+        return {**found, "judge": found["judge"] | server} if found.get("judge") else found
+
+    assert "Each model judged its own training data" in ModelCard(model_card(run)).text
+    monkeypatch.setattr(Finished, "inputs", of_server)
     run.config["evaluate"]["head_to_head"] = None
-    run.config["judge"]["endpoint"] = {"base_url": "http://there/v1", "model": "*big* <model>"}
+    run.config["judge"] |= server
     text = ModelCard(model_card(run)).text
     assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "Limits")
     assert ", scored by *big* &lt;model&gt;. The seed" in section(text, "Method")

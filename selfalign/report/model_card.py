@@ -17,7 +17,7 @@ from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.instruments import INSTRUMENTS, WORDS, Standing, comparisons, verdict
 from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
-from selfalign.report.sentences import WHO, judges_of_answers, warnings, what_was_run
+from selfalign.report.sentences import WHO, judge_name, judges_of_answers, warnings, what_was_run
 from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
 from selfalign.runs.labels import Kind, Label, model_after
 from selfalign.runs.reader import Finished
@@ -343,7 +343,7 @@ def limits(run: Finished) -> str:
 def judges_itself(run: Finished) -> bool:
     """Whether a model of the run gave the scores that its own training data were chosen by."""
     judged = [label for label in run.stages if label.kind is Kind.ITERATION and label.is_judged]
-    return any(run.inputs(label).get("judge", {}).get("model") == "self" for label in judged)
+    return any(judge_name(run.inputs(label).get("judge", {})) == WHO["self"] for label in judged)
 
 
 def lineage(run: Finished) -> str:
