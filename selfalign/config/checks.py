@@ -74,7 +74,8 @@ def check_experiment(config: ExperimentConfig) -> None:
     _check_judge(config)
     _check_iterations(config)
     _check_meta_judge(config)
-    _check_trackers(config)
+    _check_chosen("tracker", config.tracker, "open")
+    _check_chosen("benchmark", config.benchmark, "check")
     _check_benchmarks(config)
     check_effects(config)
     check_counts(config)
@@ -173,18 +174,16 @@ def _check_meta_judge(config: ExperimentConfig) -> None:
             raise SelfalignError("data.meta_judge needs judgements, and pair.by_score=false asks for none: set it true")
 
 
-def _check_trackers(config: ExperimentConfig) -> None:
-    """Check that each tracker is chosen as an option."""
-    for name, tracking in config.tracker.items():
-        if not hasattr(tracking, "open"):
-            raise SelfalignError(f"unknown key tracker.{name}: choose trackers with tracker=[NAME,...]")
+def _check_chosen(group: str, chosen: dict[str, Any], member: str) -> None:
+    """Check that each member of a group that takes several is chosen as an option."""
+    for name, one in chosen.items():
+        if not hasattr(one, member):
+            raise SelfalignError(f"unknown key {group}.{name}: choose {group}s with {group}=[NAME,...]")
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
-    """Check each benchmark: it is chosen as an option, its name can be part of a label, and its settings are valid."""
+    """Check each benchmark: its name can be part of a label, and its settings are valid."""
     for name, benchmark in config.benchmark.items():
-        if not hasattr(benchmark, "check"):
-            raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
         check_name(name)
         benchmark.check(f"benchmark.{name}")
         if isinstance(benchmark, JudgeTest):

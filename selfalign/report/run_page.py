@@ -4,7 +4,6 @@ Texts of models and users are escaped. A section without data is left out.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
-from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
+from selfalign.report.charts import SMOOTHED, Series, draw_curves, smoothing
 from selfalign.report.html import (
     CHART_FORMS,
     NOTHING,
@@ -34,6 +33,7 @@ from selfalign.report.html import (
     table,
 )
 from selfalign.report.instruments import headline_metric, instruments_table, verdict
+from selfalign.report.model_charts import charts_over_models, of_models
 from selfalign.report.sentences import warnings, what_was_run
 from selfalign.report.tables import (
     answers_table,
@@ -211,28 +211,28 @@ def trained_on(row: Row) -> str:
 def model_charts(run: Finished) -> str:
     """Return charts with a point for each model. An iteration's candidates are at the model that wrote them."""
     bar = "bar: 95 % interval"
-    answers = _of_models(run, catalog.EVAL_MEAN_CHARACTERS, "evaluation answers")
+    answers = of_models(run, catalog.EVAL_MEAN_CHARACTERS, "evaluation answers")
     candidates = _of_candidates(run, "responses", catalog.MEAN_CHARACTERS, name="candidates")
     scores = _of_candidates(run, "judgements", catalog.JUDGE_MEAN_SCORE, catalog.JUDGE_STD_SCORE)
     charts = (
         (
             "Win rate against M1",
             f"{headline_metric(run).heading}; {bar}; dashed: as good as M1",
-            [_of_models(run, headline_metric(run))],
+            [of_models(run, headline_metric(run))],
             percent,
             0.5,
         ),
         (
             "Judge: pairwise accuracy",
             f"answer pairs ordered as humans did; {bar}; dashed: chance",
-            [_of_models(run, catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY)],
+            [of_models(run, catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY)],
             percent,
             0.5,
         ),
         (
             "Judge: Spearman's ρ",
             f"with the human order; {bar}; dashed: chance",
-            [_of_models(run, catalog.JUDGE_QUALITY_SPEARMAN)],
+            [of_models(run, catalog.JUDGE_QUALITY_SPEARMAN)],
             decimals(2),
             0.0,
         ),
@@ -246,7 +246,7 @@ def model_charts(run: Finished) -> str:
         (
             "Answers finished",
             f"share that end by themselves; {bar}",
-            [_of_models(run, catalog.EVAL_FINISHED_SHARE)],
+            [of_models(run, catalog.EVAL_FINISHED_SHARE)],
             percent,
             None,
         ),
@@ -272,32 +272,18 @@ def model_charts(run: Finished) -> str:
             "Change of log π",
             "after alignment minus before, nats a token of the training pairs",
             [
-                _of_models(run, catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN, "chosen"),
-                _of_models(run, catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN, "rejected", colour=1),
+                of_models(run, catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN, "chosen"),
+                of_models(run, catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN, "rejected", colour=1),
             ],
             compact,
             0.0,
         ),
     )
-    names = [row["model"] for row in run.models]
-    return grid(
-        figure(title, caption, draw_models(names, series, title, form, reference=reference), named(series))
-        for title, caption, series, form, reference in charts
-        if any(one.points for one in series)
-    )
-
-
-def named(series: Sequence[Series]) -> list[str]:
-    """Return the names of several series; a single one is named by the title."""
-    return [one.name for one in series if one.points] if len(series) > 1 else []
-
-
-def _of_models(run: Finished, metric: Metric, name: str = "", colour: int = 0) -> Series:
-    return series_of(enumerate(run.models), metric.name, name, colour)
+    return charts_over_models(run, charts)
 
 
 def _of_held_out(run: Finished, metric: Metric, name: str = "", colour: int = 0) -> Series:
-    return _of_models(run, catalog.over(catalog.PREFERENCES, metric), name, colour)
+    return of_models(run, catalog.over(catalog.PREFERENCES, metric), name, colour)
 
 
 def _of_candidates(run: Finished, part: str, metric: Metric, deviation: Metric | None = None, name: str = "") -> Series:

@@ -1,13 +1,13 @@
 """The report's section on the truth beside the judge, for runs whose instructions say what is right."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
-from selfalign.report.charts import Series, draw_models, series_of
-from selfalign.report.html import Column, Format, compact, decimals, explained, figure, grid, is_number, percent
+from selfalign.report.charts import Series, series_of
+from selfalign.report.html import Column, compact, decimals, explained, is_number, percent
+from selfalign.report.model_charts import Chart, charts_over_models, of_models
 from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.reader import Finished
 
@@ -54,12 +54,12 @@ def truth_section(run: Finished) -> str:
 
 
 def _charts(run: Finished) -> str:
-    names, bar = [row["model"] for row in run.models], "bar: 95 % interval"
-    charts: tuple[tuple[str, str, Sequence[Series], Format, float | None], ...] = (
+    bar = "bar: 95 % interval"
+    charts: tuple[Chart, ...] = (
         (
             "Truth and judge's score",
             f"evaluation answers: share of checks passed, and mean score as a share of the scale; {bar}",
-            [_of_models(run, catalog.EVAL_TRUE_RATE, "truth"), replace(_scores(run), colour=1)],
+            [of_models(run, catalog.EVAL_TRUE_RATE, "truth"), replace(_scores(run), colour=1)],
             percent,
             None,
         ),
@@ -67,8 +67,8 @@ def _charts(run: Finished) -> str:
             "Wins against M1, by truth and by the judge",
             f"evaluation answers; a tie counts half; {bar}; dashed: as good as M1",
             [
-                _of_models(run, catalog.EVAL_TRUE_WIN_RATE, "truth"),
-                _of_models(run, catalog.EVAL_SCORE_WIN_RATE, "judge", colour=1),
+                of_models(run, catalog.EVAL_TRUE_WIN_RATE, "truth"),
+                of_models(run, catalog.EVAL_SCORE_WIN_RATE, "judge", colour=1),
             ],
             percent,
             0.5,
@@ -95,19 +95,7 @@ def _charts(run: Finished) -> str:
             0.0,
         ),
     )
-    return grid(
-        figure(title, caption, draw_models(names, series, title, form, reference=reference), _names(series))
-        for title, caption, series, form, reference in charts
-        if any(one.points for one in series)
-    )
-
-
-def _names(series: Sequence[Series]) -> list[str]:
-    return [one.name for one in series if one.points] if len(series) > 1 else []
-
-
-def _of_models(run: Finished, metric: Metric, name: str = "", colour: int = 0) -> Series:
-    return series_of(enumerate(run.models), metric.name, name, colour)
+    return charts_over_models(run, charts)
 
 
 def _of_candidates(run: Finished, part: str, metric: Metric) -> Series:
