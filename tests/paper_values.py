@@ -281,7 +281,10 @@ TECHNICAL = (
         "*.max_batch_tokens *.microbatch_tokens *.batch_size *.checkpoint_steps *.gradient_checkpointing "
         "train.*.dtype *.endpoint.*"
     ),
-    *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* evaluate.instruments.* evaluate.truth"),
+    *words(
+        "train.reference_logprobs judge.degeneracy.* evaluate.bounds.* evaluate.instruments.* evaluate.truth "
+        "evaluate.kl_to_m1"
+    ),
     *words("benchmark.*.include_path benchmark.*.limit"),
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),

@@ -172,8 +172,8 @@ class Evaluation:
     def _divergence(
         self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact
     ) -> Artifact | None:
-        """Estimate the KL divergence from M1; None for the first evaluated model."""
-        if not self.responses:
+        """Estimate the KL divergence from M1; None for the first evaluated model, or if it is not wanted."""
+        if not self.responses or not self.config.evaluate.kl_to_m1:
             return None
         policies = {"policy": models.current, "origin": models.sft}
         return self.run.make(

@@ -77,6 +77,8 @@ class EvaluateConfig:
         instruments: how the judges of win rates are measured, and the bar that they must pass.
         truth: whether answers and candidates are checked by what their instructions say is right, beside the judge's
             scores. It always is where the judge itself does so (`judge=verifier`).
+        kl_to_m1: whether the distance of every model from M1 is estimated from its answers, which two passes over them
+            cost.
     """
 
     instructions: Any = "shipped:evaluation"
@@ -92,6 +94,7 @@ class EvaluateConfig:
     preference_pairs: PreferenceTest = field(default_factory=PreferenceTest)
     instruments: InstrumentTest = field(default_factory=InstrumentTest, metadata={"keyed": "if set"})
     truth: bool = field(default=False, metadata={"keyed": "if set"})
+    kl_to_m1: bool = field(default=True, metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         self.instructions = data_source(self.instructions, "evaluate.instructions")
