@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from odd_tokenizers import by_bytes, by_pieces, by_word_pieces
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.processors import TemplateProcessing
@@ -20,6 +21,7 @@ from selfalign.models.tokenizer import (
     own_stops,
     plain_ids,
     stop_ids,
+    token_texts,
 )
 
 WITH_BOS = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}" + (
@@ -264,3 +266,19 @@ def test_answer_whose_first_letters_would_join_the_prompts_last_word_leaves_the_
 def test_decoding_drops_control_tokens_and_keeps_outer_space(tokenizer: Any) -> None:
     ids = [*tokenizer("  It is\n so. ", add_special_tokens=False)["input_ids"], *stop_ids(tokenizer)]
     assert decode_response(tokenizer, ids) == "  It is\n so. "
+
+
+@pytest.mark.parametrize("kind", [by_bytes, by_word_pieces, by_pieces])
+def test_texts_of_tokens_join_to_the_text_of_all(kind: Any) -> None:
+    tokenizer = kind()
+    for text in ("Why so? Because it is so.", "Née à 東京 — 👩‍🔬 works.\n\n  `x`", ""):
+        ids = tokenizer(f"{text}<|im_end|>")["input_ids"]
+        texts = token_texts(tokenizer, ids)
+        assert len(texts) == len(ids)
+        assert "".join(texts) == tokenizer.decode(ids)
+
+
+def test_character_of_several_tokens_is_the_last_ones() -> None:
+    tokenizer = by_bytes()
+    texts = token_texts(tokenizer, tokenizer("東a")["input_ids"])
+    assert texts == ["", "", "東", "a"]

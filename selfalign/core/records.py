@@ -352,6 +352,20 @@ class PairReference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PairTokens:
+    """The scored tokens of a pair's responses as text, and a value of each, given p⊕x.
+
+    The values are log-probabilities (nats) under one policy, or what the tokens add to Δ, in units of reward.
+    """
+
+    id: str
+    chosen: list[str]
+    rejected: list[str]
+    chosen_values: list[float]
+    rejected_values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairMargin:
     """Log-ratios, margin and Δ of a pair that neither the policy nor its reference was trained on.
 

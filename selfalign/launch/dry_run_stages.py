@@ -408,6 +408,7 @@ class StageEstimator:
         augmentation: Refinement | None,
         precision: LogProbSettings,
         unpaired: bool = False,
+        tokens_of: int = 0,  # a few passes more
     ) -> dict[str, Any]:
         count, few = examples_in(pairs, unpaired=unpaired), 2 * self.config.train.align.batch_size
         given = {"policy": policy, "augmentation": augmentation, "precision": precision, "unpaired": unpaired}

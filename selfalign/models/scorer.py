@@ -119,6 +119,12 @@ class LogProbScorer(LoadedPolicy):
         sums = iter(batch.sum_by_response(self._logps(batch)).tolist())
         return [[next(sums) for _ in group.responses] for group in groups]
 
+    def score_tokens(self, groups: Sequence[SharedPrompt]) -> list[list[list[float]]]:
+        """Return the log-probability (nats) of each scored token of each group's responses."""
+        batch = make_batch(self.policy.model, groups)
+        tokens = iter(self._logps(batch)[batch.occurrences].split(batch.tokens.long().tolist()))
+        return [[next(tokens).tolist() for _ in group.responses] for group in groups]
+
     def next_token_logprobs(
         self, groups: Sequence[SharedPrompt], alternatives: Sequence[int]
     ) -> list[list[list[float]]]:

@@ -46,6 +46,12 @@ ANCHORS = ("\n", "x", "1", ".")
 """Short texts: behind one of them a text is tokenised as in the middle of another."""
 
 
+TEXT_WINDOW = 8
+"""The number of tokens before one that its text may depend on."""
+
+HALF = "\ufffd"
+"""What a part of a character is decoded to."""
+
 RARE = "\U00012031"
 """A letter, a cuneiform sign, that only complete vocabularies can spell."""
 
@@ -287,6 +293,16 @@ def decode_written(tokenizer: "Tokenizer", ids: list[int]) -> str:
     """Return the same with the white space that the template puts around an answer."""
     control = control_ids(tokenizer) - marker_ids(tokenizer)
     return decode_behind(tokenizer, [token for token in ids if token not in control])
+
+
+def token_texts(tokenizer: "Tokenizer", ids: list[int]) -> list[str]:
+    """Return what each token adds to the text, control tokens included. A character of several tokens is the last's."""
+    texts: list[str] = []
+    for at in range(len(ids)):
+        window = ids[max(0, at - TEXT_WINDOW) : at + 1]
+        before, behind = (str(tokenizer.decode(some)) for some in (window[:-1], window))
+        texts.append("" if behind.endswith(HALF) else behind[len(before.rstrip(HALF)) :])
+    return texts
 
 
 def answer_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> Prompt:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 BETA = 0.1
 """β of the rewards if the loss has none."""
 
+TOKENS_OF = 8
+"""The number of pairs of which Δ is shown word by word."""
+
 
 @dataclass(slots=True)
 class HeldOutPairs:
@@ -89,6 +92,7 @@ class HeldOutPairs:
                 pairs=pairs,
                 augmentation=augmentation,
                 precision=self.config.train.align.logprob_settings(self.config.model.dtype),
+                tokens_of=TOKENS_OF,
             )
         return self.logps[key]
 

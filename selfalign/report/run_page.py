@@ -12,6 +12,7 @@ from selfalign.core.formatting import duration, plural
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, smoothing
+from selfalign.report.delta_map import delta_map
 from selfalign.report.html import (
     CHART_FORMS,
     NOTHING,
@@ -108,6 +109,7 @@ def page(run: Finished) -> str:
         "Win rates": grid([matrix(run, "Win rates")]) + comparisons_table(run),
         "Instruments": instruments_table(run),
         "Held-out pairs": preferences_table(run),
+        "Δ by word": delta_map(run),
         "Drift": drift_table(run),
         "Judging": judging_table(run) + ranked_histograms(run),
         "Benchmarks": benchmark_tables(run),

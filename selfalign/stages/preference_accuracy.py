@@ -4,6 +4,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from selfalign.core.records import (
     Instruction,
     PairMargin,
     PairReference,
+    PairTokens,
     PreferencePair,
     RankedAnswers,
 )
@@ -58,7 +61,8 @@ def preference_accuracy(
     interval for the others. An undefined correlation is left out.
 
     Args:
-        out: receives preferences.jsonl, one record for each pair.
+        out: receives preferences.jsonl, one record for each pair. tokens.jsonl has, of those pairs whose tokens were
+            scored, what each token adds to Δ.
         pairs: pairs.jsonl.
         trained_on: artifacts that were trained on. A pair that shares a prompt or a response with them is dropped.
         policy: references.jsonl with the policy's log-probabilities of the pairs, given x and p⊕x.
@@ -88,6 +92,8 @@ def preference_accuracy(
         score_differences(kept, None if scores is None else read_scores(scores.path)),
     )
     write_records(out.path / "preferences.jsonl", measured)
+    if tokens := token_deltas(policy, reference, {pair.id for pair in kept}, beta):
+        write_records(out.path / "tokens.jsonl", tokens)
     numbers = {**reward_numbers(measured, beta), **score_correlations(measured)}
     return {
         catalog.PREFERENCES_PAIRS.name: len(measured),
@@ -96,6 +102,27 @@ def preference_accuracy(
         catalog.PROMPTS_CUT.name: policy.counts[catalog.PROMPTS_CUT.name],
         "dropped": dropped,
     }
+
+
+def token_deltas(policy: Artifact, reference: Artifact, kept: set[str], beta: float) -> list[PairTokens]:
+    """Return what each token of some pairs adds to Δ, in units of reward.
+
+    That is β (log π - log π_ref) of the token given p⊕x in the chosen response, and its negative in the rejected one,
+    so that all tokens of a pair add up to its Δ (arXiv 2405.21040, eq. 11).
+    """
+    files = [artifact.path / "tokens.jsonl" for artifact in (policy, reference)]
+    if not all(map(Path.is_file, files)):
+        return []
+    own, others = (read_records(file, PairTokens) for file in files)
+    return [
+        replace(
+            one,
+            chosen_values=[beta * (a - b) for a, b in zip(one.chosen_values, other.chosen_values, strict=True)],
+            rejected_values=[beta * (b - a) for a, b in zip(one.rejected_values, other.rejected_values, strict=True)],
+        )
+        for one, other in zip(own, others, strict=True)
+        if one.id in kept
+    ]
 
 
 def _unseen(pairs: Sequence[PreferencePair], known: KnownTexts) -> list[PreferencePair]:

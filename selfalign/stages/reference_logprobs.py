@@ -1,22 +1,27 @@
 """reference_logprobs: pairs + a policy → its log-probabilities of both responses."""
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from selfalign.core.jsonl import chunks, stream_records, write_records
-from selfalign.core.records import PairReference, PreferencePair
+from selfalign.core.records import PairReference, PairTokens, PreferencePair
 from selfalign.data.labelled import stream_labelled
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics import catalog
-from selfalign.models.batches import PairExample, encode_pairs
+from selfalign.models.batches import PairExample, SharedPrompt, encode_pairs
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.labelled import encode_labelled
 from selfalign.models.scorer import LogProbScorer
-from selfalign.models.tokenizer import fault_counts
+from selfalign.models.tokenizer import fault_counts, token_texts
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
 from selfalign.store.stage import Size, amount, stage
 from selfalign.training.config import LogProbSettings
 from selfalign.training.unpaired import examples_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def size(*, pairs: Artifact, augmentation: Refinement | None, unpaired: bool = False, **others: object) -> Size:
@@ -34,17 +39,20 @@ def reference_logprobs(
     augmentation: Refinement | None,
     precision: LogProbSettings,
     unpaired: bool = False,
+    tokens_of: int = 0,
 ) -> Counts:
     """Compute log-probabilities of every pair under a policy, given x and, for the Sr losses, given p⊕x.
 
     Args:
-        out: receives references.jsonl; values are nats, summed over response tokens.
+        out: receives references.jsonl; values are nats, summed over response tokens. tokens.jsonl has, of some pairs,
+            those of each token given p⊕x.
         policy: the policy, usually the reference.
         pairs: pairs.jsonl.
         augmentation: p; None if the loss has no second pass.
         precision: the settings of training, so that the policy's values agree at the first step.
         unpaired: whether the pairs, or the responses of labelled.jsonl, are scored as labelled responses, each beside
             the response to another prompt.
+        tokens_of: the number of pairs, the first ones that are scored, that get into tokens.jsonl. They need p.
     """
     loaded = PolicyCheckpoint(policy.path).load(precision.dtype, keep_adapter=True)
     scorer = LogProbScorer(loaded, precision.max_batch_tokens, autocast=precision.autocast)
@@ -57,9 +65,17 @@ def reference_logprobs(
         examples = encode_pairs(tokenizer, records, augmentation, limit, tally, loaded.context, **settings)
     responses = 4 if augmentation else 2
     with out.journal(responses * examples_in(pairs, unpaired=unpaired), "responses") as journal:
-        references = (record for chunk in chunks(examples) for record in _score(scorer, journal, chunk))
-        write_records(out.path / "references.jsonl", references)
+        first: list[SharedPrompt] = []
+
+        def references() -> Iterator[PairReference]:
+            for chunk in chunks(examples):
+                first.extend(e.augmented for e in chunk[: tokens_of - len(first)] if e.augmented is not None)
+                yield from _score(scorer, journal, chunk)
+
+        write_records(out.path / "references.jsonl", references())
         journal.advance(responses * tally["too_long"])
+    if tokens_of:
+        write_records(out.path / "tokens.jsonl", _score_tokens(scorer, tokenizer, first))
     return {
         **({catalog.LABELLED.name: tally["labelled"]} if unpaired else {catalog.PAIRS.name: tally["pairs"]}),
         catalog.PROMPTS_CUT.name: tally["cut"],
@@ -80,3 +96,16 @@ def _score(scorer: LogProbScorer, journal: Journal, examples: list[PairExample])
         )
         for example, (chosen, rejected), (chosen_p, rejected_p) in zip(examples, sums, sums_p, strict=True)
     ]
+
+
+def _score_tokens(scorer: LogProbScorer, tokenizer: "Tokenizer", groups: list[SharedPrompt]) -> Iterator[PairTokens]:
+    """Yield the records of the tokens of some pairs, in their order."""
+    values = (row for batch in scorer.plan(groups) for row in scorer.score_tokens(batch))
+    for group, (chosen, rejected) in zip(groups, values, strict=True):
+        texts = [
+            [text for at, text in enumerate(token_texts(tokenizer, response)) if at in group.scored_places(index)]
+            for index, response in enumerate(group.responses)
+        ]
+        yield PairTokens(
+            id=group.id, chosen=texts[0], rejected=texts[1], chosen_values=chosen, rejected_values=rejected
+        )

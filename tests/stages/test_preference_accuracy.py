@@ -28,7 +28,15 @@ from scipy import stats
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import Instruction, PairMargin, PairReference, PreferencePair, RankedAnswers, Response
+from selfalign.core.records import (
+    Instruction,
+    PairMargin,
+    PairReference,
+    PairTokens,
+    PreferencePair,
+    RankedAnswers,
+    Response,
+)
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
@@ -375,7 +383,7 @@ def test_margin_and_refinement_of_a_real_policy_are_those_of_its_full_logits(
         out = workspace(tmp_path / f"logps{n}")
         precision = optimization().logprob_settings("float32")
         counts = reference_logprobs(
-            out, policy=policy_artifact(files), pairs=there, augmentation=p, precision=precision
+            out, policy=policy_artifact(files), pairs=there, augmentation=p, precision=precision, tokens_of=2
         )
         scored.append(replace(artifact(out.path), counts=counts))
     out = workspace(tmp_path / "out")
@@ -395,6 +403,11 @@ def test_margin_and_refinement_of_a_real_policy_are_those_of_its_full_logits(
             assert value == pytest.approx(0.5 * (chosen - rejected), abs=1e-3)
             assert abs(value) > 1e-2
     assert counts["preferences/rewards/margins"] == pytest.approx(sum(r.margin for r in found) / 3)
+    tokens = read_records(out.path / "tokens.jsonl", PairTokens)
+    assert [one.id for one in tokens] == ["a", "b"]
+    for one, record in zip(tokens, found, strict=False):
+        assert sum(one.chosen_values) == pytest.approx(0.5 * record.augmented_chosen, abs=1e-3)
+        assert sum(one.chosen_values) + sum(one.rejected_values) == pytest.approx(record.delta, abs=1e-3)
 
 
 # --- settings ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from builders import (
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import PairReference, PreferencePair
+from selfalign.core.records import PairReference, PairTokens, PreferencePair
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
@@ -31,13 +31,21 @@ PAIRS = [
 P = Refinement(prompt="Reach {scale} of {scale}. ", scale=7)
 
 
-def scored(folder: Path, policy: PolicyCheckpoint, refinement: Refinement | None = P, pairs=PAIRS, **settings: object):
+def scored(
+    folder: Path,
+    policy: PolicyCheckpoint,
+    refinement: Refinement | None = P,
+    pairs=PAIRS,
+    tokens_of: int = 0,
+    **settings: object,
+):
     counts = reference_logprobs(
         workspace(folder / "out"),
         policy=policy_artifact(policy),
         pairs=records_artifact(folder / "given", pairs=pairs),
         augmentation=refinement,
         precision=optimization(**settings).logprob_settings("float32"),
+        tokens_of=tokens_of,
     )
     return counts, read_records(folder / "out/references.jsonl", PairReference)
 
@@ -83,6 +91,21 @@ def test_values_are_the_summed_log_probabilities_of_full_logits(
         assert record.augmented_chosen == pytest.approx(log_likelihood(tiny_policy, p, chosen), abs=1e-3)
         assert record.augmented_rejected == pytest.approx(log_likelihood(tiny_policy, p, rejected), abs=1e-3)
         assert abs(record.chosen - record.augmented_chosen) > 1e-4
+
+
+@pytest.mark.parametrize("microbatch_tokens", [1, 8192])
+def test_tokens_of_the_first_pairs_add_up_to_the_responses(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, microbatch_tokens: int
+) -> None:
+    _, references = scored(tmp_path, tiny_policy, tokens_of=2, microbatch_tokens=microbatch_tokens)
+    tokens = read_records(tmp_path / "out/tokens.jsonl", PairTokens)
+    assert [one.id for one in tokens] == ["a", "b"]
+    for one, record in zip(tokens, references, strict=False):
+        _, chosen, rejected = EXPECTED[record.id]
+        assert ("".join(one.chosen), "".join(one.rejected)) == (chosen, rejected)
+        assert len(one.chosen) == len(one.chosen_values)
+        assert sum(one.chosen_values) == pytest.approx(record.augmented_chosen, abs=1e-3)
+        assert sum(one.rejected_values) == pytest.approx(record.augmented_rejected, abs=1e-3)
 
 
 def test_without_refinement_there_are_no_augmented_values(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
