@@ -5,14 +5,16 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from builders import ROOT, TINY_RUN, metrics, run, write_tiny_data
 
 from selfalign.core.files import read_json
-from selfalign.core.jsonl import read_records, read_scores
-from selfalign.core.records import Instruction, Response
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Instruction
 from selfalign.metrics.intervals import Estimate
+from selfalign.metrics.replicates import over_seeds
+from selfalign.report.instruction_values import instruction_values
+from selfalign.runs.reader import Finished
 
 OWN = ("refinement/", "rewards/accuracies_augmented", "rewards/ties_augmented")
 """What only a loss with Δ reports."""
@@ -98,25 +100,9 @@ def write_questions(folder: Path) -> list[str]:
     return [f"{key}={folder / key}.jsonl" for key in sources]
 
 
-def true_scores(folder: Path, model: str) -> dict[str, float]:
-    """{instruction id: share of its checks that a model's answer passes}."""
-    made = folder / f"artifacts/evaluation_{model}"
-    scores = read_scores(made / "truth")
-    return {one.instruction_id: scores[one.id] for one in read_records(made / "answers/responses.jsonl", Response)}
-
-
 def gain(folders: list[Path], model: str) -> Estimate:
-    """A model's true rate minus M1's: the mean over seeds, with a bootstrap interval over seeds and instructions.
-
-    Seeds are drawn, and of each drawn seed instructions: what chance in training does to a model counts too.
-    """
-    pairs = [(true_scores(folder, model), true_scores(folder, "M1")) for folder in folders]
-    gains = np.array([[own[name] - first[name] for name in sorted(first)] for own, first in pairs])
-    draw = np.random.default_rng(0)
-    seeds = draw.integers(len(gains), size=(1000, len(gains), 1))
-    questions = draw.integers(gains.shape[1], size=(1000, *gains.shape))
-    low, high = np.quantile(gains[seeds, questions].mean((1, 2)), [0.025, 0.975])
-    return Estimate(float(gains.mean()), float(low), float(high))
+    """A model's true rate minus M1's: the mean over seeds and instructions, with the mixed model's interval."""
+    return over_seeds([instruction_values(Finished.load(one), model, "eval/true_gain") for one in folders]).interval()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Comparison, Instruction, PairMargin, RankedAnswers, Response, ResponseScore
 from selfalign.metrics import catalog
 from selfalign.metrics.judge_quality import RankedQuestion
+from selfalign.metrics.summaries import outcomes_by_score
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
@@ -47,6 +48,29 @@ def _mean_score(run: Finished, model: str) -> Units:
     asked = {one.id: one.instruction_id for one in run.records(Label.evaluation(model, "answers"), Response)}
     scores = run.records(Label.evaluation(model, "scores"), ResponseScore)
     return {texts[asked[one.id]]: one.score for one in scores if one.score is not None}
+
+
+def _true(run: Finished, model: str) -> Units:
+    """Return the share of an instruction's checks that the model's answer passes."""
+    texts = _texts(run, ALL)
+    asked = {one.id: one.instruction_id for one in run.records(Label.evaluation(model, "answers"), Response)}
+    checked = run.records(Label.evaluation(model, "truth"), ResponseScore)
+    return {texts[asked[one.id]]: one.score for one in checked if one.score is not None}
+
+
+def _true_beside_first(run: Finished, model: str) -> tuple[Units, Units]:
+    """Return the true shares of a model and of the first evaluated model; empty for that one itself."""
+    first = next((row["model"] for row in run.models if catalog.EVAL_TRUE_RATE.name in row), model)
+    return ({}, {}) if first == model else (_true(run, model), _true(run, first))
+
+
+def _true_gain(run: Finished, model: str) -> Units:
+    own, others = _true_beside_first(run, model)
+    return {text: own[text] - others[text] for text in own if text in others}
+
+
+def _true_win_rate(run: Finished, model: str) -> Units:
+    return outcomes_by_score(*_true_beside_first(run, model))
 
 
 def _of_pairs(value: Callable[[PairMargin], float]) -> Callable[[Finished, str], Units]:
@@ -96,6 +120,9 @@ READERS: dict[str, Callable[[Finished, str], Any]] = {
     catalog.EVAL_MEAN_CHARACTERS.name: _of_responses(lambda one: float(len(one.text))),
     catalog.EVAL_FINISHED_SHARE.name: _of_responses(lambda one: float(one.finished)),
     catalog.EVAL_MEAN_SCORE.name: _mean_score,
+    catalog.EVAL_TRUE_RATE.name: _true,
+    catalog.EVAL_TRUE_GAIN.name: _true_gain,
+    catalog.EVAL_TRUE_WIN_RATE.name: _true_win_rate,
     catalog.over(catalog.PREFERENCES, catalog.REWARDS_MARGINS).name: _of_pairs(lambda one: one.margin),
     catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES).name: _of_pairs(lambda one: float(one.margin > 0)),
     catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY.name: _pairwise_accuracy,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_scores
 from selfalign.core.records import Instruction, PreferencePair
 from selfalign.metrics.truth import judged_truth, true_gaps, true_rates
+from selfalign.report.instruction_values import instruction_values
+from selfalign.runs.reader import Finished
 from selfalign.stages.truth import truth, truth_of_candidates
 from selfalign.store.artifacts import Artifact
 
@@ -157,6 +160,11 @@ def test_run_shows_the_truth_beside_a_judge_that_guesses(tmp_path: Path) -> None
     assert "eval/true_gain" not in summary["models"][0]
     gains = [row["eval/true_gain"] for row in summary["models"][1:]]
     assert gains == pytest.approx([rate - rates[0] for rate in rates[1:]])
+    finished = Finished.load(folder)
+    for row, metric in product(finished.models, ("eval/true_rate", "eval/true_gain", "eval/true_win_rate")):
+        values = [*instruction_values(finished, row["model"], metric).values()]
+        assert bool(values) == (metric in row)
+        assert not values or sum(values) / len(values) == pytest.approx(row[metric])
     page = (folder / "report.html").read_text("utf-8")
     assert '<section id="truth">' in page
     for title in ("Wins against M1, by truth and by the judge", "Judge against the truth", "Score gap of pairs"):
