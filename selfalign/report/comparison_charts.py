@@ -17,6 +17,8 @@ Row = dict[str, Any]
 
 BAR = "bar: 95 % interval"
 MEASURED = (
+    (catalog.EVAL_TRUE_GAIN, f"share of checks passed, on the same instructions; {BAR}; dashed: M1", 0.0),
+    (catalog.EVAL_TRUE_RATE, f"share of checks that the evaluation answers pass; {BAR}", None),
     (catalog.EVAL_WIN_RATE, f"{BAR}; dashed: as good as M1", 0.5),
     (catalog.EVAL_WIN_RATE_LENGTH_CONTROLLED, f"{BAR}; dashed: as good as M1", 0.5),
     (catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES), f"pairs set aside with a margin above 0; {BAR}", 0.5),
