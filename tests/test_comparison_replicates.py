@@ -201,6 +201,15 @@ def test_csv_of_settings_has_the_means(swept: list[JobResult], tmp_path: Path) -
     assert len(single) == 18
 
 
+def test_lines_are_named_by_the_setting_that_names_them_where_one_has_a_single_seed(swept: list[JobResult]) -> None:
+    made = [(1, 0.1), (1, 0.3), (2, 0.3), (3, 0.3)]
+    some = [one for one in swept if (one.settings["seed"], one.settings["loss.lam"]) in made]
+    comparison = JobComparison.of(some, METRIC)
+    assert comparison.keys[0] == "seed"  # It has more values than λ.
+    assert [comparison.mark(job) for job in comparison.leading] == ["0.1", "0.3"]
+    assert "Lines are named by loss.lam." in text_of(over_iterations(comparison))
+
+
 def test_every_seed_is_a_faint_point(swept: list[JobResult]) -> None:
     comparison = JobComparison.of(swept, METRIC)
     for drawn in (over_settings(comparison), over_iterations(comparison)):
