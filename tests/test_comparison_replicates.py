@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mutation import assert_caught
+from scipy import stats
 
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import Comparison, Instruction, JudgementStatus, Verdict
@@ -143,6 +144,27 @@ def test_interval_of_a_share_ends_at_its_bounds_and_is_wilsons_where_nothing_var
     assert (group.last[f"{METRIC}_low"], group.last[f"{METRIC}_high"]) == (0.0, 1.0)
 
 
+def test_interval_ends_where_the_unit_of_a_metric_ends_under_any_of_its_names(tmp_path: Path) -> None:
+    jobs = [job(tmp_path / f"{seed}", [1.0, 0.0], seed=seed) for seed in SEEDS]
+    shares = ("eval/position_bias_vs_previous", "instrument/scores/accuracy", "mine/accuracy/hard")
+    shares += ("held_out/rewards/accuracies",)
+    counts = ("eval/ties_vs_given", "instrument/scores/passed", "dropped/too_long", "checkpoint_wins/4")
+    for number, one in enumerate(jobs):
+        assert one.run
+        one.run.models[-1].update(dict.fromkeys((*shares, *counts), float(number == 1)))
+        one.run.models[-1]["eval/true_gain"] = -0.2 + 0.1 * number
+        one.run.models[-1]["calibration/score_of_rank/1"] = 4.0 * number
+    (group,) = JobComparison.of(jobs, METRIC).groups
+    for name in shares:
+        assert (group.last[f"{name}_low"], group.last[f"{name}_high"]) == (0.0, 1.0), name
+    for name in counts:
+        assert group.last[name] == pytest.approx(1 / 3) and f"{name}_low" not in group.last, name
+    half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    ends = [group.last[f"eval/true_gain{end}"] for end in ("", "_low", "_high")]
+    assert ends == pytest.approx([-0.1, -0.1 - half, -0.1 + half])  # A difference of shares may be below 0.
+    assert group.last["calibration/score_of_rank/1_low"] < 0 and group.last["calibration/score_of_rank/1_high"] > 8
+
+
 def test_one_seed_and_repeated_jobs_stay_what_they_are(swept: list[JobResult], tmp_path: Path) -> None:
     single = swept[:3]
     comparison = JobComparison.of(single, METRIC)
@@ -177,6 +199,15 @@ def test_csv_of_settings_has_the_means(swept: list[JobResult], tmp_path: Path) -
     assert all(float(row[f"{METRIC}_low"]) < float(row[METRIC]) < float(row[f"{METRIC}_high"]) for row in rows[1::2])
     single = list(csv.DictReader(io.StringIO((tmp_path / "comparison.csv").read_text())))
     assert len(single) == 18
+
+
+def test_lines_are_named_by_the_setting_that_names_them_where_one_has_a_single_seed(swept: list[JobResult]) -> None:
+    made = [(1, 0.1), (1, 0.3), (2, 0.3), (3, 0.3)]
+    some = [one for one in swept if (one.settings["seed"], one.settings["loss.lam"]) in made]
+    comparison = JobComparison.of(some, METRIC)
+    assert comparison.keys[0] == "seed"  # It has more values than λ.
+    assert [comparison.mark(job) for job in comparison.leading] == ["0.1", "0.3"]
+    assert "Lines are named by loss.lam." in text_of(over_iterations(comparison))
 
 
 def test_every_seed_is_a_faint_point(swept: list[JobResult]) -> None:

@@ -141,6 +141,36 @@ def test_nothing_that_varies_has_no_interval() -> None:
     assert [math.isnan(value) for value in (same.interval().low, same.p_value())] == [True, True]
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7, 0.74, 0.9, -1e-9, 1e9])
+def test_rounding_is_no_variance(value: float) -> None:
+    """The mean of three times 0.7 is 0.6999999999999998 in floating point, so that each differs from it."""
+    found = [simple_mean([value] * seeds) for seeds in (2, 3, 5, 7)]
+    found += [crossed_mean(np.full((seeds, 24), value)) for seeds in (2, 3, 5, 7)]
+    found.append(mean_of_estimates([Estimate(value, math.nan, math.nan)] * 3))
+    for mean in found:
+        assert (mean.value, mean.variance) == (value, 0.0)
+        assert math.isnan(mean.interval().low) and math.isnan(mean.p_value())
+
+
+def test_instruction_on_which_seeds_cancel_out_is_a_tie() -> None:
+    """0.3 - 0.2 is a little less than 0.2 - 0.1 in floating point."""
+    first = {0: {"a": 0.3, "b": 0.9}, 1: {"a": 0.1, "b": 0.9}}
+    second = {0: {"a": 0.2, "b": 0.1}, 1: {"a": 0.2, "b": 0.2}}
+    found = effect(first, second)
+    assert (found.higher, found.lower) == (1, 0)
+
+
+def test_welch_takes_a_side_that_does_not_vary() -> None:
+    """Its variance is 0, so that the degrees of freedom are the other side's."""
+    wins, mixed = units_of([1.0] * 20), units_of([0.0, 1.0, 1.0, 0.5] * 5, first=100)
+    found = effect({0: wins}, {1: mixed})
+    test = stats.ttest_1samp(list(mixed.values()), 1.0)
+    between = test.confidence_interval(0.95)
+    assert not found.paired
+    assert found.p == pytest.approx(test.pvalue)
+    assert ends_of(found.difference) == pytest.approx((1 - 0.625, 1 - between.high, 1 - between.low))
+
+
 def test_mean_of_intervals_adds_the_seeds_and_what_they_may_share() -> None:
     values = [0.4, 0.5, 0.9]
     found = mean_of_estimates([Estimate(value, value - 0.2, value + 0.2) for value in values])

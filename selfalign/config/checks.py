@@ -16,7 +16,7 @@ from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
-from selfalign.config.judges import all_judges_of, judges_of
+from selfalign.config.judges import PAIR_JUDGE, all_judges_of, judges_of
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import ComparatorSettings
@@ -38,7 +38,7 @@ from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
 from selfalign.stages.instruct import DEMONSTRATIONS
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, WrittenScore
-from selfalign.stages.pair import Labels, PositivesOnly
+from selfalign.stages.pair import Labels, PositivesOnly, file_of
 from selfalign.stages.respond import DEMONSTRATION, NEXT
 from selfalign.stages.seed_data import AssistantTurns, EFTSource, TeachableJudge
 from selfalign.training.config import TrainConfig
@@ -207,12 +207,13 @@ def _check_tested_judge(key: str, judge: Any) -> None:
 def _check_judge(config: ExperimentConfig) -> None:
     """Check that the judge can do what the settings require of it."""
     seeds, judge = config.data.seed_data, config.judge
-    if any(map(verifies, judges_in("judge", judge).values())):
-        _check_verifiable(config)
-    if verifies(config.evaluate.preference_pairs.judge):
+    _check_judged_instructions(config)
+    if seeds.ranked and any(map(verifies, judges_in("judge", judge).values())):
         raise SelfalignError(
-            "evaluate.preference_pairs.judge cannot be verifier: pairs do not say what is right. Choose another judge"
+            f"the judge {type(judge).__name__} cannot judge ranked answers, whose questions do not say what is right: "
+            "set data.seed_data.ranked=''"
         )
+    _check_judge_of_pairs(config.evaluate.preference_pairs.judge)
     teaches = seeds.ranked and seeds.eft_source == EFTSource.human
     if teaches and not isinstance(judge, Pairwise) and fault_of(judge, TeachableJudge):
         raise SelfalignError(
@@ -225,12 +226,19 @@ def _check_judge(config: ExperimentConfig) -> None:
             "evaluate.judge=sft."
         )
     _check_ends("judge", judge)
-    other = config.evaluate.preference_pairs.judge
-    if getattr(other, "model", "") == "previous":
-        raise SelfalignError(
-            "evaluate.preference_pairs.judge.model=previous: M_{t-1} judges new responses only (judge.model). "
-            "Set self, sft or base"
-        )
+
+
+def _check_judge_of_pairs(judge: Any) -> None:
+    """Check that the judge of held-out pairs, or each judge of a panel, can judge them, and is one for all models."""
+    _check_ends(PAIR_JUDGE, judge)
+    for place, member in judges_in(PAIR_JUDGE, judge).items():
+        if verifies(member):
+            raise SelfalignError(f"{place} cannot be verifier: pairs do not say what is right. Choose another judge")
+        if member is not None and asks_a_policy(member) and member.model in ("self", "previous"):
+            raise SelfalignError(
+                f"{place}.model must be the same judge for all models: sft, base, a folder, a hub id or a packaged "
+                f"model; got {member.model}"
+            )
 
 
 def _check_ends(key: str, judge: Any) -> None:
@@ -260,31 +268,35 @@ def _check_iterations(config: ExperimentConfig) -> None:
             own = config.in_iteration(int(start))
             check_components(own)
             _check_ends(own.judge_setting(int(start)), own.judge)
+            _check_judged_instructions(own)
             _check_loss_and_rule(own)
             check_effects(own)
             check_counts(own)
         except SelfalignError as error:
             raise SelfalignError(f"{key}: {error}") from error
+        if isinstance(config.data, SelfRewarding) and config.data.accumulate_pairs:
+            first, made = file_of(config.pair), file_of(own.pair)
+            if made != first:
+                raise SelfalignError(
+                    f"data.accumulate_pairs=true trains on what all iterations made, but pair makes {first} and "
+                    f"{key}.pair {made}: set data.accumulate_pairs=false, or choose rules that make the same"
+                )
 
 
-def _check_verifiable(config: ExperimentConfig) -> None:
+def _check_judged_instructions(config: ExperimentConfig) -> None:
     """Check that a judge that checks what instructions say is right gets only instructions that can say it."""
-    data, kind = config.data, type(config.judge).__name__
-    if isinstance(data, SelfRewarding) and not data.instruct.source:
+    data, judge = config.data, config.judge
+    written = isinstance(data, SelfRewarding) and not data.instruct.source
+    if written and any(map(verifies, judges_in("judge", judge).values())):
         raise SelfalignError(
-            f"the judge {kind} checks what an instruction says is right, and written ones say nothing: set "
-            "data=verifiable, or data.instruct.source to instructions that do"
-        )
-    if data.seed_data.ranked:
-        raise SelfalignError(
-            f"the judge {kind} cannot judge ranked answers, whose questions do not say what is right: set "
-            "data.seed_data.ranked=''"
+            f"the judge {type(judge).__name__} checks what an instruction says is right, and written ones say nothing: "
+            "set data=verifiable, or data.instruct.source to instructions that do"
         )
 
 
 def _check_given_criteria(config: ExperimentConfig) -> None:
     """Check that a judge that takes the criteria of the data judges nothing but instructions from data."""
-    lacking = {"evaluate.preference_pairs.judge": "pairs have no criteria"}
+    lacking = {PAIR_JUDGE: "pairs have no criteria"}
     if isinstance(data := config.data, SelfRewarding) and not data.instruct.source:
         written = "instructions that a model writes have none: set data.instruct.source"
         lacking |= dict.fromkeys(["judge", *(f"at.{start}.judge" for start in config.at)], written)

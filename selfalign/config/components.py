@@ -53,11 +53,11 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
     """Yield (key, component, accepted kinds)."""
     for group, kinds in COMPONENTS.items():
         yield group, getattr(config, group), kinds
-    if isinstance(config.judge, Panel):
-        for key, member in judges_in("judge", config.judge).items():
-            yield key, member, COMPONENTS["judge"]
-    if (judge := config.evaluate.preference_pairs.judge) is not None:
-        yield "evaluate.preference_pairs.judge", judge, COMPONENTS["judge"]
+    if (of_pairs := config.evaluate.preference_pairs.judge) is not None:
+        yield "evaluate.preference_pairs.judge", of_pairs, COMPONENTS["judge"]
+    for key, judge in {"judge": config.judge, "evaluate.preference_pairs.judge": of_pairs}.items():
+        if isinstance(judge, Panel):
+            yield from ((place, member, COMPONENTS["judge"]) for place, member in judges_in(key, judge).items())
     if (meta := config.meta_judge) is not None:
         yield "data.meta_judge", meta, (MetaJudge,)
     if (schema := config.data.schema) is not None:

@@ -5,6 +5,9 @@ from typing import Any
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.judges.panel import judges_in
 
+PAIR_JUDGE = "evaluate.preference_pairs.judge"
+"""The setting that holds the judge of held-out pairs."""
+
 
 def judges_of(config: ExperimentConfig) -> dict[str, Any]:
     """Return {setting: judge} of all judges and comparators of a run, except those of benchmarks."""
@@ -13,7 +16,7 @@ def judges_of(config: ExperimentConfig) -> dict[str, Any]:
         "judge": config.judge,
         "data.meta_judge": config.meta_judge,
         "evaluate.head_to_head": evaluation.head_to_head,
-        "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
+        PAIR_JUDGE: evaluation.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,
     }
     named |= {f"at.{iteration}.judge": changes.get("judge") for iteration, changes in config.at.items()}

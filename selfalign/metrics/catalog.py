@@ -16,7 +16,8 @@ class Metric:
     Attributes:
         name: its key in metrics.jsonl and summary.json; `{part}` stands for any text without a slash.
         meaning: what it measures, as text for a table cell.
-        unit: "share", "ratio", "count", "flag" (0 or 1), "nats", …; the report formats values by their unit.
+        unit: "share", "share difference", "ratio", "count", "flag" (0 or 1), "nats", …; the report formats values by
+            their unit.
         axis: "step" if every optimiser step logs it, "iteration" if a model or its data has it once.
         better: the better direction; empty if there is none.
         title: the heading of a column or panel; if empty, the last part of the name.
@@ -321,7 +322,7 @@ EVAL_TRUE_RATE = Metric("eval/true_rate",
     "share of an instruction's checks that the answer passes, whoever judges; mean over evaluation instructions",
     "share", better="higher", title="true rate")
 EVAL_TRUE_GAIN = Metric("eval/true_gain", "true rate minus M1's on the same instructions; its interval is paired",
-    "share", better="higher", title="true rate minus M1's")
+    "share difference", better="higher", title="true rate minus M1's")
 EVAL_TRUE_WIN_RATE = Metric("eval/true_win_rate",
     "share of instructions whose answer passes more checks than M1's, a tie counts half",
     "share", better="higher", title="win rate by truth")
@@ -351,7 +352,7 @@ TRUTH_JUDGE_ACCURACY = Metric("truth/judge_accuracy",
     "share of two candidates to one instruction that differ in truth and that the judge orders alike; equal scores "
     "count half", "share", better="higher", title="judge right")
 TRUTH_PAIR_GAP = Metric("truth/pair_gap", "share of checks that the chosen response passes minus the rejected one's",
-    "share", better="higher", title="true gap of pairs")
+    "share difference", better="higher", title="true gap of pairs")
 TRUTH_PAIRS_RIGHT = Metric("truth/pairs_right", "share of pairs whose chosen response passes more checks",
     "share", better="higher", title="pairs right")
 TRUTH_PAIRS_WRONG = Metric("truth/pairs_wrong", "share of pairs whose chosen response passes fewer checks",
@@ -512,6 +513,27 @@ def of_benchmark(name: str) -> Metric:
     patterns = [metric for metric in METRICS.values() if metric.name.startswith(BENCHMARK)]
     known = METRICS.get(BENCHMARK + name) or METRICS.get(name)
     return known or next((metric for metric in patterns if metric.matches(BENCHMARK + name)), BENCHMARK_CATEGORY)
+
+
+def declared(name: str) -> Metric | None:
+    """Return the declaration of a metric, given its name in summary.json; None if there is none.
+
+    The name may be of other pairs or of another opponent, have a text in place of a `{part}`, or be a benchmark's.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for opponent in OPPONENTS:
+        compared = {against(opponent, metric).name: metric for metric in COMPARED}
+        if name in compared:
+            return against(opponent, compared[name])
+    for pairs in PAIRS_OF:
+        if name.startswith(pairs) and (metric := declared(name.removeprefix(pairs))) is not None:
+            return over(pairs, metric)
+    families = [metric for metric in METRICS.values() if "{" in metric.name and not metric.name.startswith("{")]
+    if (family := next((metric for metric in families if metric.matches(name)), None)) is not None:
+        return family
+    _, inside, rest = name.partition("/")
+    return of_benchmark(rest) if inside else None
 
 
 def signed(name: str) -> tuple[str, int]:

@@ -40,6 +40,10 @@ IN_COMMON = 0.5
 They may lack some of the same instructions, because a judgement of these could not be read."""
 
 
+ROUNDING = 1e-12
+"""Largest range of values, as a share of the largest, that is rounding alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mean:
     """A mean with what its uncertainty is computed from.
@@ -76,10 +80,15 @@ def total(parts: Sequence[tuple[float, float]], value: float) -> Mean:
         value: the mean.
     """
     variance = math.fsum(part for part, _ in parts)
-    spread = math.fsum(part * part / freedom for part, freedom in parts)
+    spread = math.fsum(part * part / freedom for part, freedom in parts if part)
     if not variance > 0:
         return Mean(value, variance, math.nan)
     return Mean(value, variance, variance * variance / spread if spread else math.inf)
+
+
+def is_constant(values: Floats) -> bool:
+    """Return whether values differ by no more than rounding, of which no variance is to be computed."""
+    return float(np.ptp(values)) <= ROUNDING * float(np.abs(values).max())
 
 
 def simple_mean(values: Sequence[float]) -> Mean:
@@ -87,6 +96,8 @@ def simple_mean(values: Sequence[float]) -> Mean:
     numbers, count = np.asarray(values, dtype=np.float64), len(values)
     if count < 2:
         return Mean(float(numbers.mean()), math.nan, math.nan)
+    if is_constant(numbers):
+        return Mean(float(numbers[0]), 0.0, math.nan)
     return total([(float(numbers.var(ddof=1)) / count, count - 1)], float(numbers.mean()))
 
 
@@ -103,6 +114,8 @@ def crossed_mean(table: Floats) -> Mean:
         table: values, shape (seeds S, instructions n), at least 2 × 2.
     """
     seeds, units = table.shape
+    if is_constant(table):
+        return Mean(float(table[0, 0]), 0.0, math.nan)
     mean, of_seed, of_unit = table.mean(), table.mean(axis=1, keepdims=True), table.mean(axis=0, keepdims=True)
     left = (seeds - 1) * (units - 1)
     by_seed = units * float(((of_seed - mean) ** 2).sum()) / (seeds - 1)
@@ -198,10 +211,11 @@ def effect(first: Mapping[int, Units], second: Mapping[int, Units]) -> Effect:
         for unit, value in one.items():
             by_unit.setdefault(unit, []).append(value)
     means = [math.fsum(values) / len(values) for values in by_unit.values()]
-    higher, lower = sum(value > 0 for value in means), sum(value < 0 for value in means)
+    least = ROUNDING * max(abs(value) for pair in sides for side in pair for value in side.values())
+    higher, lower = sum(value > least for value in means), sum(value < -least for value in means)
     sign_p = two_sided_sign_test(higher, lower)
     if len(differences) == 1:
-        varies = len({*means}) > 1
+        varies = not is_constant(np.array(means))
         found, p = bootstrap_mean(means) if varies else Estimate(means[0], math.nan, math.nan), sign_p
     else:
         over = over_seeds(differences)

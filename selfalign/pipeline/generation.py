@@ -99,7 +99,7 @@ class PairGeneration:
             **second,
         )
         if judgements is not None and not prefix:
-            self._check(label, instructions, responses, judgements, pairs)
+            self._check(label, instructions, responses, judgements, pairs if isinstance(rule, PairRule) else None)
         meta = config.data.meta_judge
         if meta is None or iteration not in meta.chosen_iterations(config.iterations):
             return pairs
@@ -109,13 +109,12 @@ class PairGeneration:
         return self.run.make(label.sibling(f"{prefix}joined_pairs"), gather_pairs, parts=parts)
 
     def _check(
-        self, label: Label, instructions: Artifact, responses: Artifact, judgements: Artifact, pairs: Artifact
+        self, label: Label, instructions: Artifact, responses: Artifact, judgements: Artifact, pairs: Artifact | None
     ) -> None:
         """Check responses, scores and pairs by what given instructions say is right, where they must say it."""
         if self.inputs.say_what_is_right and self.inputs.instructions is not None:
             made = {"instructions": instructions, "responses": responses, "judgements": judgements}
-            in_pairs = isinstance(self.config.pair, PairRule)
-            self.run.make(label.sibling("truth"), truth_of_candidates, pairs=pairs if in_pairs else None, **made)
+            self.run.make(label.sibling("truth"), truth_of_candidates, pairs=pairs, **made)
 
     def _judge_pairs(
         self, config: ExperimentConfig, label: Label, models: RunModels, judged: dict[str, Any]

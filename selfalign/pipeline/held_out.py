@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import PAIR_JUDGE
 from selfalign.core.files import digest_json
 from selfalign.losses.protocol import Loss, augmentation_of
 from selfalign.losses.refinement import Refinement
@@ -100,7 +101,7 @@ class HeldOutPairs:
         """Score all responses once with `evaluate.preference_pairs.judge`; None if there is no such judge."""
         judge = self.config.evaluate.preference_pairs.judge
         if self.scores is None and judge is not None:
-            judging = RunJudge(self.config, self.run, judge)
-            policies = replace(models, judge=models.pair_judge)
+            judging = RunJudge(self.config, self.run, judge, PAIR_JUDGE)
+            policies = replace(models, outside={**models.outside, PAIR_JUDGE: models.pair_judge})
             self.scores = judging.judge(Label.input("preferences", "scores"), judge.model, policies, pairs, pairs)
         return self.scores

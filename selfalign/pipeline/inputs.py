@@ -8,6 +8,7 @@ from typing import Any
 from selfalign.config.checks import check_checkpoints
 from selfalign.config.data import Pairs, ReplayConfig, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import judges_of
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import RankedAnswers
@@ -83,7 +84,7 @@ class RunInputs:
             evaluation.count,
             self.seed_data,
             self.other_training_data,
-            judged=True,
+            verifiable=self.say_what_is_right,
         )
         self.validation = self._read_instructions(
             "validation",
@@ -107,8 +108,10 @@ class RunInputs:
             self.replay = self._replayed(data.replay)
             source, schema = data.instruct.source, data.schema
             if source != DEMONSTRATIONS:
+                later = any(verifies(judge) for key, judge in judges_of(self.config).items() if key.startswith("at."))
+                checked = self.say_what_is_right or later
                 self.instructions = self._read_instructions(
-                    "instructions", "data.instruct.source", source, 0, None, schema=schema, judged=True
+                    "instructions", "data.instruct.source", source, 0, None, schema=schema, verifiable=checked
                 )
                 self._check_instructions(data.instruct)
         if evaluation.preference_pairs.source:
@@ -242,18 +245,18 @@ class RunInputs:
         measured: Sequence[Artifact] = (),
         schema: Schema | None = None,
         *,
-        judged: bool = False,
+        verifiable: bool = False,
     ) -> Artifact | None:
         """Read the instructions of a data source, without the prompts of `seeds`, `trained_on` and `measured`.
 
-        Responses to those that are `judged` are scored by the run's judge.
+        Responses to those that are `verifiable` are checked by what these say is right.
         """
         if not source:
             return None
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": seeds}
         if schema is not None:
             inputs["schema"] = schema
-        if judged and self.say_what_is_right:
+        if verifiable:
             inputs["verifiable"] = True
         others = [artifact for artifact in trained_on if artifact.digest != self.seed_data.digest]
         if found := overlapping(others, source):

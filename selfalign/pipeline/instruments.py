@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.panel import judges_in
-from selfalign.judges.protocol import asks_a_server
+from selfalign.judges.protocol import asks_a_server, only_compares
 from selfalign.metrics.instruments import HEAD_TO_HEAD, JUDGE, SCORES
 from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
@@ -13,7 +13,7 @@ from selfalign.runs.runner import StageRunner
 from selfalign.stages.compare_ranked import compare_ranked
 from selfalign.stages.evaluate import JudgedTexts
 from selfalign.stages.instruments import instruments
-from selfalign.stages.judge import ImplicitReward, Pairwise
+from selfalign.stages.judge import ImplicitReward
 from selfalign.store.artifacts import Artifact
 
 
@@ -75,7 +75,7 @@ class Instruments:
     def _of_scores(self, label: Label, models: RunModels, questions: Artifact) -> dict[str, Artifact]:
         """Score ranked answers with the judge that scores all models' answers, if its reference policy is known."""
         judge, name = self.config.judge, self.config.evaluate.judge
-        if isinstance(judge, Pairwise):
+        if only_compares(judge):
             return {}
         if (key := self._judges(name, models)) not in self.scored:
             label = label.sibling("second_ranked_scores")

@@ -6,7 +6,7 @@ from typing import Any
 
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
-from selfalign.config.judges import judges_of
+from selfalign.config.judges import PAIR_JUDGE, judges_of
 from selfalign.core.files import derive_seed
 from selfalign.judges.criteria import CriteriaConfig, written_criteria
 from selfalign.judges.panel import Panel, model_of
@@ -92,7 +92,7 @@ def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
             config, run, Label.input("comparator"), config.evaluate.head_to_head, "evaluate.head_to_head"
         ),
         "pair_judge": _fixed_judge(
-            config, run, Label.input("preferences", "judge"), test.judge, "evaluate.preference_pairs.judge"
+            config, run, Label.input("preferences", "judge"), test.judge, PAIR_JUDGE
         ),
         "benchmark_judges": {
             name: _outside(config, run, Label.input("judges", name), path, f"benchmark.{name}.judge")

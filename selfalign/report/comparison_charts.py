@@ -148,10 +148,10 @@ def which(comparison: JobComparison) -> str:
 def who(comparison: JobComparison) -> str:
     """Return a note about which jobs are drawn and how their lines are named."""
     jobs = comparison.leading
-    if all(comparison.mark(job) == f"{job.number}" for job in jobs):
-        names = "; ".join(f"{job.number}: {comparison.description(job)}" for job in jobs) + "."
+    if comparison.marked_by:
+        names = f"Lines are named by {comparison.marked_by}."
     else:
-        names = f"Lines are named by {next(key for key in comparison.keys if key in jobs[0].settings)}."
+        names = "; ".join(f"{job.number}: {comparison.description(job)}" for job in jobs) + "."
     return note(escape(which(comparison) + names))
 
 

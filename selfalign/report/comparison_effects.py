@@ -7,7 +7,7 @@ from html import escape
 from itertools import combinations
 
 from selfalign.core.formatting import plural
-from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.catalog import declared
 from selfalign.metrics.replicates import Effect, Units, effect, holm
 from selfalign.report.comparison_sentences import FORMS, named
 from selfalign.report.html import Column, Format, compact, decimals, explained, note
@@ -125,9 +125,9 @@ def _remarks(listed: Sequence[ComparedJobs], found: Sequence[ComparedJobs]) -> l
 
 def difference_form(metric: str) -> Format:
     """Return the format of a metric's differences: points for shares, else as the metric, with a sign."""
-    unit = METRICS[metric].unit if metric in METRICS else ""
-    form = FORMS.get(metric, compact)
-    shown: Callable[[float], str] = (lambda d: f"{decimals(0)(100 * d)} points") if unit == "share" else form
+    known, form = declared(metric), FORMS.get(metric, compact)
+    of_shares = known is not None and known.unit in ("share", "share difference")
+    shown: Callable[[float], str] = (lambda d: f"{decimals(0)(100 * d)} points") if of_shares else form
     return lambda difference: f"+{shown(difference)}" if difference > 0 else shown(difference)
 
 

@@ -107,7 +107,7 @@ def compact(value: float) -> str:
 
 
 FORMS: Mapping[str, Format] = {
-    "share": percent,
+    **dict.fromkeys(("share", "share difference"), percent),
     **dict.fromkeys(("count", "flag", "tokens", "characters", "words", "tokens/s"), decimals(0)),
     **dict.fromkeys(("ratio", "correlation", "nats", "GiB", "currency"), decimals(2)),
     **dict.fromkeys(("reward", "score", "score²"), decimals(3)),

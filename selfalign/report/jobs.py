@@ -391,12 +391,20 @@ class JobComparison:
         parts = [f"{key} = {self.text(job, key)}" for key in self.keys if key in job.settings]
         return ", ".join(parts) if 0 < len(parts) <= FEW else job.name
 
-    def mark(self, job: JobResult) -> str:
-        """Return a name for charts: the only differing setting if its values are short and unique, else the number."""
+    @property
+    def marked_by(self) -> str:
+        """The setting that names jobs in charts: the only one that differs, if its values are short and unique.
+
+        Empty if they are named by their numbers.
+        """
         keys = [key for key in self.keys if key != SEED or not self.has_replicates]
         texts = [as_text(job.settings.get(key, "")) for job in self.groups for key in keys]
         short = len(keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
-        return as_text(job.settings.get(keys[0], "")) if short else f"{job.number}"
+        return keys[0] if short else ""
+
+    def mark(self, job: JobResult) -> str:
+        """Return a name for charts: the value of `marked_by`, or else the number."""
+        return as_text(job.settings.get(self.marked_by, "")) if self.marked_by else f"{job.number}"
 
     def alike_by_seed(self, found: Mapping[str, list[JobResult]]) -> bool:
         """Return whether all jobs have the same of something; among replicates, whether all jobs of one seed have.

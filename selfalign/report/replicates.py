@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selfalign.metrics.catalog import METRICS, PAIRS_OF
+from selfalign.metrics.catalog import declared
 from selfalign.metrics.intervals import Estimate, wilson
 from selfalign.metrics.replicates import Mean, mean_of_estimates, over_seeds
 from selfalign.report.html import is_number
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 PLAIN = {"count", "flag", "tokens", "tokens/s", "s", "GiB", "currency"}
 """Units of the metrics whose means over seeds need no interval."""
 
-BOUNDS = {"share": (0.0, 1.0), "correlation": (-1.0, 1.0)}
+BOUNDS = {"share": (0.0, 1.0), "share difference": (-1.0, 1.0), "correlation": (-1.0, 1.0)}
 """{unit: least and most possible value}."""
 
 ENDS = ("_low", "_high")
@@ -51,9 +51,8 @@ def _pooled(runs: Sequence[Finished], model: str, rows: Sequence[Row]) -> Row:
 
 
 def _unit(metric: str) -> str:
-    """Return the unit of a metric, also of one over other pairs; empty if it is not known."""
-    pairs = next((pairs for pairs in PAIRS_OF if metric.startswith(pairs)), "")
-    known = METRICS.get(metric) or METRICS.get(metric.removeprefix(pairs))
+    """Return the unit of a metric; empty if it is not known."""
+    known = declared(metric)
     return known.unit if known else ""
 
 

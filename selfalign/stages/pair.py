@@ -108,10 +108,10 @@ def size(*, rule: Rule, instructions: Artifact, responses: Artifact, **others: o
     """Return the number of pairs, positives or labelled responses if none is dropped."""
     count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
     most = count * rule.wanted(math.ceil(answers / count)) if isinstance(rule, PairRule) else answers
-    return Size(f"up to {most}", {_file_of(rule): most})
+    return Size(f"up to {most}", {file_of(rule): most})
 
 
-def _file_of(rule: Rule) -> str:
+def file_of(rule: Rule) -> str:
     """Return the name of the file that a rule fills, without its ending."""
     return "demonstrations" if isinstance(rule, PositivesOnly) else LABELLED if isinstance(rule, Labels) else "pairs"
 

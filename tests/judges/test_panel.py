@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import instruction, records_artifact, response
+from builders import TINY_RUN, composed, instruction, records_artifact, response, run, write_tiny_data
 from judging import judged, run_judge, scores
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.core.records import JudgementStatus, ResponseScore
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.implicit import ImplicitReward
@@ -129,3 +130,52 @@ def test_votes_and_comparisons_score_no_single_answer() -> None:
 def test_what_makes_no_panel_is_refused(made: Any, message: str) -> None:
     with pytest.raises(SelfalignError, match=message):
         made().check("judge")
+
+
+OF_PAIRS = "evaluate.preference_pairs.judge"
+SCORING = [f"+judge@{OF_PAIRS}.members.a=expected_score", f"{OF_PAIRS}.members.a.model=sft"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("", "{judge}.members: a panel needs two judges or more"),
+        (
+            "+judge@{judge}.members.b=implicit {judge}.members.b.model=sft {judge}.combine=mean",
+            "{judge}.combine=mean needs judges on one scale, but they score from 0 to 5 and without a scale",
+        ),
+        ("+judge@{judge}.members.b=implicit +{judge}.weights.c=2", "{judge}.weights.c: the judges of {judge}.members"),
+        ("+judge@{judge}.members.b=verifier", "{judge}.members.b cannot be verifier: pairs do not say what is right"),
+        ("+judge@{judge}.members.b=expected_score", "{judge}.members.b.model must be the same judge for all models"),
+        (
+            "+judge@{judge}.members.b=expected_score {judge}.members.b.model=previous",
+            "{judge}.members.b.model must be the same judge for all models: .*; got previous",
+        ),
+    ],
+    ids=["one judge", "two scales", "weight of nobody", "verifier", "the model itself", "the model before"],
+)
+def test_panel_of_held_out_pairs_is_checked_as_any_other(overrides: str, message: str) -> None:
+    """One whose members are models of the moment would have the scores of whichever came first."""
+    told = [f"judge@{OF_PAIRS}=panel", "evaluate.preference_pairs.source=a.jsonl", *SCORING]
+    with pytest.raises(SelfalignError, match=f"^{message.format(judge=OF_PAIRS)}"):
+        composed("experiment=smoke", *told, *overrides.format(judge=OF_PAIRS).split())
+
+
+def test_member_of_the_panel_of_held_out_pairs_is_judged_by_its_own_model(tmp_path: Path) -> None:
+    """The run's judge is a panel too, whose member of the same name is another model."""
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "data.seed_data.eft_source=none"]
+    told += ["judge=panel", f"judge@{OF_PAIRS}=panel", "evaluate.preference_pairs.source=ranked"]
+    for key, models in (("judge", ("sft", "sft")), (OF_PAIRS, ("sft", "random:tiny"))):
+        for name, model in zip("ab", models, strict=True):
+            told += [f"+judge@{key}.members.{name}=expected_score", f"{key}.members.{name}.model={model}"]
+    folder = run(tmp_path / "runs", *told)
+    inputs = {
+        name: read_json(folder / f"artifacts/{name}/manifest.json")
+        for name in ("M0", "M1", "preferences/scores_by_a", "preferences/scores_by_b", "preferences/scores")
+    }
+    judged_by = [inputs[f"preferences/scores_by_{name}"]["inputs"]["policy"]["digest"] for name in "ab"]
+    assert judged_by == [inputs["M1"]["digest"], inputs["M0"]["digest"]]
+    assert inputs["preferences/scores"]["counts"]["judge/disagreement"] <= 1
+    numbers = read_json(folder / "artifacts/evaluation_M2/instruments/manifest.json")["counts"]
+    assert "instrument/judge/accuracy" in numbers
+    assert "instrument/scores/accuracy" not in numbers, "votes give no win rate by score, so nothing is to be measured"
