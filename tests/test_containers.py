@@ -359,6 +359,19 @@ def test_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
         read_demonstrations(str(tmp_path / "twice.parquet"))
 
 
+def test_value_of_a_table_that_no_text_or_date_is_refused_with_its_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    latin = pa.Array.from_buffers(pa.utf8(), 1, pa.array([b"Caf\xe9."], pa.binary()).buffers())
+    late = pa.array([2**60], pa.timestamp("us"))
+    asked = {"instruction": ["Name a place."], "response": ["Rome."]}
+    for columns in ({**asked, "response": latin}, {**asked, "written_at": late}):
+        pyarrow.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(SelfalignError, match=r"a\.parquet: cannot be read as a data set"):
+            read_demonstrations(str(tmp_path / "a.parquet"))
+
+
 def test_only_data_file_of_a_folder_is_taken_whatever_its_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path, [PAIR])
     (tmp_path / "README.md").write_text("# A set")

@@ -21,6 +21,7 @@ from selfalign.core.files import read_json
 from selfalign.data.mixtures import data_source
 from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.tokenizer import stop_ids
 from selfalign.report import model_card as card
 from selfalign.report.model_card import model_card, write_card
 from selfalign.runs.labels import Label
@@ -309,6 +310,8 @@ def test_said_code_loads_the_model(kind: str, request: pytest.FixtureRequest, mo
     with torch.no_grad():
         expected, logits = policy.model(ids).logits, names["model"].eval()(ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    ends = names["model"].generation_config.eos_token_id
+    assert (ends if isinstance(ends, list) else [ends]) == stop_ids(policy.tokenizer)
 
 
 def test_what_a_user_wrote_stays_text(

@@ -1,6 +1,7 @@
 """Models as other people have them: quantised files, adapters, odd tokenizers, code of their own, hybrids."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,11 +18,14 @@ from thinking_families import family
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model
+from selfalign.engines.server import export
+from selfalign.engines.vllm_engine import VLLM
 from selfalign.models.checkpoint import PolicyCheckpoint, open_tokenizer
 from selfalign.models.config import LoRA, ModelConfig
 from selfalign.models.pretrained import fetch_pretrained, source_digest
 from selfalign.models.tokenizer import encode_prompt, stop_ids
 from selfalign.stages.load_model import load_model
+from selfalign.training.prepare import add_adapter
 
 ASIDE = ["data.seed_data.eft_source=none", "data.seed_data.ranked=''", "evaluate=none", "iterations=1"]
 GIVEN_PAIRS = [*(one for one in TINY_RUN if not one.startswith(("data.instruct", "data.respond"))), "data=pairs"]
@@ -175,6 +179,45 @@ def test_text_ends_where_the_models_generation_config_ends_it(mine: Path, tmp_pa
     assert stop_ids(tokenizer) == [0, 2]  # 77 is text
     tokenizer.save_pretrained(tmp_path / "M1" / "tokenizer")
     assert stop_ids(PolicyCheckpoint(tmp_path / "M1").load_tokenizer()) == [0, 2]
+
+
+def test_model_that_a_run_links_to_is_refused_once_it_has_changed(mine: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "M0").mkdir()
+    base = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path / "M0")
+    trained, aligned = PolicyCheckpoint(tmp_path / "M1"), base.load("float32")
+    aligned.model = add_adapter(aligned.model, LoRA(rank=4))
+    trained.path.mkdir()
+    trained.save(aligned, base)
+    weights = mine / "model.safetensors"
+    os.utime(weights)  # Touched, and the same.
+    before = logits_of(trained.load("float32"))
+    assert torch.equal(before, logits_of(PolicyCheckpoint(base.path).load("float32")))
+    changed = {name: value + 0.01 for name, value in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    for files in (base.path, trained.path):
+        with pytest.raises(SelfalignError, match=f"{re.escape(str(mine))}: its weights or configuration have changed"):
+            PolicyCheckpoint(files).load("float32")
+        with pytest.raises(SelfalignError, match="have changed since a run linked to them"):
+            VLLM().arguments(PolicyCheckpoint(files))
+    (tmp_path / "served").mkdir()
+    with pytest.raises(SelfalignError, match="have changed since a run linked to them"):
+        export(base, tmp_path / "served", "float32")
+
+
+def test_checkpoint_ends_a_text_where_the_run_ends_it(mine: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit_json(mine / "generation_config.json", lambda settings: settings.update(eos_token_id=0))
+    (tmp_path / "M0").mkdir()
+    base = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path / "M0")
+    loaded, trained = base.load("float32"), PolicyCheckpoint(tmp_path / "M1")
+    assert stop_ids(loaded.tokenizer) == [0, 2]
+    trained.path.mkdir()
+    trained.save(loaded, base)
+    own: Any = AutoModelForCausalLM.from_pretrained(trained.path / "weights")
+    assert own.generation_config.eos_token_id == [0, 2]
 
 
 def test_text_ends_where_config_json_ends_it_if_there_is_nothing_else(mine: Path, tmp_path: Path) -> None:

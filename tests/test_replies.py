@@ -263,6 +263,12 @@ def test_half_of_a_letter_in_a_body_is_a_letter_nobody_knows() -> None:
     assert read_answer(200, unescape(said)).text == "bad \ufffd\nScore: 4 \U0001f600"
 
 
+@pytest.mark.parametrize("text", ["", None])
+def test_text_of_a_completion_beside_a_message_hides_no_answer(text: str | None) -> None:
+    choice = {"text": text, "message": {"content": "Score: 4"}, "finish_reason": "stop"}
+    assert read_answer(200, json.dumps({"choices": [choice]})).text == "Score: 4"
+
+
 def test_long_words_are_shortened() -> None:
     with pytest.raises(RefusedError) as refused:
         read_answer(404, "x\n" * 1000)

@@ -1,6 +1,7 @@
 import importlib.metadata
 import json
 import secrets
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_link_that_is_right_is_never_gone(run: Runner) -> None:
     before = (account(run).folder / "artifacts/seeds").lstat()
     run.make(Label.parse("seeds"), write, text="four")
     assert (account(run).folder / "artifacts/seeds").lstat() == before
+
+
+def test_run_that_was_copied_with_its_links_followed_says_what_to_remove(run: Runner) -> None:
+    run.make(Label.parse("M1"), write, text="a")
+    link = account(run).folder / "artifacts" / "M1"
+    kept = link.resolve()
+    link.unlink()
+    shutil.copytree(kept, link)
+    with pytest.raises(SelfalignError, match=r"M1 is a folder where a run has a link.*Remove .*artifacts and repeat"):
+        run.make(Label.parse("M1"), write, text="a")
 
 
 def test_rows_say_what_they_belong_to(run: Runner) -> None:

@@ -1,14 +1,17 @@
 """Scoring: summed log-probabilities and next-token alternatives against full logits."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from selfalign.core.errors import SelfalignError
 from selfalign.models.batches import SharedPrompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer, with_next_token
+from selfalign.store.journal import Journal
 
 ALTERNATIVES = [20, 21, 25, 1000]
 
@@ -134,3 +137,17 @@ def test_autocast_multiplies_in_bfloat16_and_adds_up_in_float32(
         for value, reference in zip(row, exact, strict=True):
             assert value != reference
             assert value == pytest.approx(reference, abs=0.3)
+
+
+def test_log_probability_that_is_not_finite_is_no_score_and_is_not_kept(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path
+) -> None:
+    scorer = LogProbScorer(tiny_policy.load("float32"), max_batch_tokens=1)
+    journal = Journal(tmp_path, lambda size: None)
+    assert len(list(scorer.score_all(groups()[:1], journal, "policy"))) == 1
+    with torch.no_grad():
+        next(scorer.policy.model.parameters()).fill_(float("nan"))
+    with pytest.raises(SelfalignError, match="record b: its log-probabilities are not finite"):
+        list(scorer.score_all(groups(), journal, "policy"))
+    assert "policy-a-1" in journal
+    assert "policy-b-1" not in journal

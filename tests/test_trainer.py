@@ -605,6 +605,28 @@ def test_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_checkpoint
     assert last_checkpoint(tmp_path / "M1" / "scratch" / "checkpoints") is not None
 
 
+@pytest.mark.parametrize("weights", [FLOAT, ADAPTER], ids=["full", "adapter"])
+def test_policy_whose_last_step_was_not_finite_is_not_kept(
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, weights: TrainableWeights
+) -> None:
+    steep = settings(learning_rate=1e39, batch_size=len(demonstrations))  # The only loss is that before the step.
+    with pytest.raises(SelfalignError, match=r"the trained weights .* are not all finite"):
+        run(tmp_path / "M1", tiny_policy, demonstrations, optimization=steep, weights=weights)
+    assert not (tmp_path / "M1" / "weights.json").exists()
+
+
+def test_policy_whose_log_probabilities_are_not_finite_has_no_metrics(
+    tiny_policy: PolicyCheckpoint, pairs: Pairs
+) -> None:
+    loaded = tiny_policy.load("float32")
+    prepare(loaded, tiny_policy, FLOAT, 0.0)
+    with torch.no_grad():
+        next(loaded.model.parameters()).fill_(math.nan)
+    objective = Preference(DPO(), StoredReferences(), True, "float32")
+    with pytest.raises(SelfalignError, match=r"record p\d: its log-probabilities are not finite"):
+        objective.measure(loaded, pairs.examples, settings())
+
+
 @pytest.mark.parametrize("loss", [DPO(), IPO(), SrDPO(refinement=Refinement(prompt="Do well: "))], ids=repr)
 @pytest.mark.parametrize("microbatch_tokens", [1, 100_000])
 def test_first_step_of_a_policy_that_is_its_reference_has_the_known_loss(

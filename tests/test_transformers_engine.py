@@ -277,6 +277,26 @@ def test_greedy_takes_the_most_likely_token_whatever_the_uniform() -> None:
     assert draw_tokens(logits, torch.tensor([0.0, 0.99]), Sampling(temperature=0.0)).tolist() == [2, 0]
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.0), Sampling(temperature=1.0, top_p=1.0), Sampling(temperature=0.7, top_p=0.9)],
+    ids=["greedy", "whole", "nucleus"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_drawn_where_a_logit_is_not_finite(value: float, sampling: Sampling) -> None:
+    logits = torch.zeros(3, 300)
+    logits[1, 7] = value
+    with pytest.raises(SelfalignError, match="next-token probabilities are not finite"):
+        draw_tokens(logits, torch.full((3,), 0.5), sampling)
+
+
+def test_temperature_that_no_logit_can_be_divided_by_is_refused() -> None:
+    logits = torch.tensor([[0.5, 30.0, -2.0]])
+    assert draw_tokens(logits, torch.tensor([0.9]), Sampling(temperature=1e-9, top_p=1.0)).tolist() == [1]
+    with pytest.raises(SelfalignError, match="temperature=1e-40 is too close to 0"):
+        draw_tokens(logits, torch.tensor([0.9]), Sampling(temperature=1e-40, top_p=1.0))
+
+
 def test_whole_vocabulary_is_sorted_for_the_rows_that_need_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "NUCLEUS_CANDIDATES", 3)
     sorted_rows: list[int] = []

@@ -110,6 +110,12 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "images": (BASE | {"images": ["a.png"]}, "the field images is filled"),
     "image": (BASE | {"image": "a.png"}, r"the field image is filled \('a.png'\)"),
     "audio": (BASE | {"audios": ["a.wav"]}, "the field audios is filled"),
+    "place_of_an_image": (BASE | {"image_path": "a.png"}, r"the field image_path is filled \('a.png'\)"),
+    "image_in_capitals": (BASE | {"Img": "a.png"}, "the field Img is filled"),
+    "attachments_of_a_turn": (
+        {"messages": [user("A") | {"attachments": [{"name": "a.pdf"}]}, say("C")]},
+        r"the field messages\[0\].attachments is filled",
+    ),
     "reasoning": (BASE | {"reasoning_content": "Let me see."}, "the field reasoning_content is filled"),
     "template_settings": (BASE | {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs is filled"),
     "choices": (BASE | {"choices": ["x", "y"]}, r"the field choices is filled \(a list of 2\)"),

@@ -438,14 +438,17 @@ def _plain_rows(source: str, table: "pa.Table | pa.RecordBatch") -> Iterable[dic
     """Yield rows as dictionaries, lists, texts and numbers. Values that are stored as JSON texts are decoded.
 
     Raises:
-        SelfalignError: two columns have one name.
+        SelfalignError: two columns have one name, or a value cannot be read.
     """
     if twice := [name for name, count in Counter(table.schema.names).items() if count > 1]:
         raise SelfalignError(f"{source}: the column {twice[0]!r} stands twice in the table")
     packed = [field for field in table.schema if "arrow.json" in str(field.type)]
-    rows = table.to_pylist()
-    for row in rows:
-        row.update({field.name: _unpack(row[field.name], field.type) for field in packed})
+    try:
+        rows = table.to_pylist()
+        for row in rows:
+            row.update({field.name: _unpack(row[field.name], field.type) for field in packed})
+    except (ValueError, OverflowError) as error:  # A text that is not UTF-8, a date that no calendar has, no JSON.
+        raise _unreadable(source, error) from error
     return rows
 
 

@@ -23,11 +23,16 @@ from selfalign.core.records import Demonstration, Instruction, PreferencePair, R
 logger = logging.getLogger(__name__)
 
 UNREAD = (
-    "tools", "tool_calls", "functions", "function_call", "images", "image", "image_url", "videos", "video", "audios",
-    "audio", "documents", "document", "article", "passage", "passages", "paragraph", "premise", "hypothesis", "choices",
-    "options", "inputs", "reasoning_content", "thinking", "chat_template_kwargs",
+    "tools", "tool_calls", "functions", "function_call", "documents", "document", "article", "passage", "passages",
+    "paragraph", "premise", "hypothesis", "choices", "options", "inputs", "reasoning_content", "thinking",
+    "chat_template_kwargs",
 )  # fmt: skip
 """Fields with a part of the task or the answer that no record can hold: refused in rows and turns, unless empty."""
+
+MEDIA = re.compile(
+    r"(?:images?|imgs?|pictures?|photos?|videos?|audios?|attachments?)(?:_(?:paths?|urls?|files?|names?|base64|bytes))?"
+)
+"""Names of fields with what is no text, or with where it lies: refused in the same way."""
 
 TOOLS = ("tools", "tool_calls")
 """Those of these fields that prompts, demonstrations and pairs can hold: definitions of tools, and calls of them."""
@@ -146,7 +151,8 @@ class Row:
         """
         row = cls(where, _without_gaps(raw))
         row.refuse_unread(row.fields, ("tools",), why="which selfalign cannot use; join it to the text or remove it")
-        alike = (name for name in row.fields if name not in READ and name.strip().casefold() in (*READ, *UNREAD))
+        known = (*READ, *UNREAD)
+        alike = (name for name in row.fields if name not in READ and name.strip().casefold() in known)
         row.refuse_filled(alike, row.fields, why="but fields are named in small letters, without spaces")
         return row
 
@@ -200,7 +206,8 @@ class Row:
         """
         for name, today in OLDER.items():
             self.refuse_filled((name,), fields, place, f"the older form of OpenAI's {today}; convert it to {today}")
-        self.refuse_filled((name for name in UNREAD if name not in read), fields, place, why)
+        media = (name for name in fields if MEDIA.fullmatch(name.strip().casefold()))
+        self.refuse_filled((name for name in (*UNREAD, *media) if name not in read), fields, place, why)
 
     def text(self, name: str) -> str:
         """Return a text field; "" if it is absent, blank or an empty list.

@@ -33,7 +33,6 @@ from selfalign.data.rows import (
     SIDES,
     TAILS,
     TASK,
-    UNREAD,
     Row,
     give_ids,
     is_blank,
@@ -639,7 +638,8 @@ def _check_last(row: Row, name: str, response: str) -> None:
 def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
     for index, answer in enumerate(row.fields.get("responses", ())):
         if isinstance(answer, dict):
-            row.refuse_filled((*UNREAD, "reasoning"), answer, f"responses[{index}].")
+            row.refuse_unread(answer, (), f"responses[{index}].")
+            row.refuse_filled(("reasoning",), answer, f"responses[{index}].")
     asked, turns = _instruction(row, "ranked answers")
     answers = row.typed(AnswersRow).responses
     ranks, scores = [a.rank for a in answers], [a.score for a in answers if a.score is not None]

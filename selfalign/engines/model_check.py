@@ -33,7 +33,7 @@ from selfalign.models.chat_template import (
     unmarked_control_words,
     writes_all,
 )
-from selfalign.models.checkpoint import Policy, PolicyCheckpoint, default_device
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint, default_device, not_finite
 from selfalign.models.logprobs import has_router_loss
 from selfalign.models.reward_model import RewardHead, labels_of, load_reward_model
 from selfalign.models.tokenizer import (
@@ -170,9 +170,8 @@ def check_finite(policy: Policy) -> None:
     Raises:
         SelfalignError: a weight is not finite, as in a checkpoint of a training that diverged.
     """
-    for name, weight in policy.model.named_parameters():
-        if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
-            raise SelfalignError(f"the model's weights {name!r} are not all finite. Use another checkpoint.")
+    if name := not_finite(policy.model):
+        raise SelfalignError(f"the model's weights {name!r} are not all finite. Use another checkpoint.")
 
 
 def check_vocabulary(policy: Policy) -> None:

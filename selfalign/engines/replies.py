@@ -192,7 +192,7 @@ def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
     usage = usage if isinstance(usage, dict) else {}
     read = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     return Reply(
-        text=str(choice["text"] or "") if "text" in choice else _written(choice["message"]),
+        text=_written(choice["message"]) if choice.get("message") else str(choice["text"] or ""),
         finish_reason=SPELLED.get(spelling(stated), FinishReason.UNKNOWN),
         prompt_tokens=read,
         completion_tokens=_count(usage.get("completion_tokens") or usage.get("output_tokens")),

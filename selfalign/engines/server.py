@@ -247,7 +247,7 @@ def export(policy: PolicyCheckpoint, folder: Path, dtype: str) -> None:
         merged.save_pretrained(folder)
     else:
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py"):
-            for file in (policy.path / "weights").glob(pattern):
+            for file in policy.weights_folder.glob(pattern):
                 (folder / file.name).symlink_to(file.resolve())
     tokenizer = policy.load_tokenizer()
     tokenizer.save_pretrained(folder)

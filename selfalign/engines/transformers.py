@@ -274,10 +274,17 @@ def draw_uniforms(seeds: Sequence[int], sampling: Sampling) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
+    """Draw one token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus.
+
+    Raises:
+        SelfalignError: a row has no probabilities to draw from.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        likeliest, tokens = logits.max(-1)
+        _check_likeliest(likeliest, sampling)
+        return tokens
     shares = (logits.float() / sampling.temperature).softmax(-1)
+    _check_likeliest(shares.amax(-1), sampling)
     if sampling.top_p == 1:
         return _invert(shares, uniforms, 1.0)
     likely, tokens = shares.topk(min(NUCLEUS_CANDIDATES, shares.shape[-1]))
@@ -287,6 +294,16 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
         likely, tokens = shares[wide].sort(descending=True)
         drawn[wide] = tokens.gather(1, _invert(likely, uniforms[wide], sampling.top_p)[:, None]).squeeze(1)
     return drawn
+
+
+def _check_likeliest(highest: Tensor, sampling: Sampling) -> None:
+    """Check the highest value of each row, which is not finite if any other is NaN or infinite."""
+    if not highest.isfinite().all():
+        raise SelfalignError(
+            "the policy's next-token probabilities are not finite: the training that made it has diverged (lower its "
+            f"learning rate), its dtype is too small for it, or temperature={sampling.temperature:g} is too close to 0 "
+            "(0 takes the likeliest token)"
+        )
 
 
 def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:

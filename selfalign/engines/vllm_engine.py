@@ -99,7 +99,7 @@ class VLLM:
         # On a CPU, vLLM 0.32 cannot compute a prompt in parts and draw from a stream of its own behind it.
         whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, PROMPT_TOKENS)}
         return {
-            "model": str((policy.path / "weights").resolve()),
+            "model": str(policy.weights_folder.resolve()),
             "skip_tokenizer_init": True,
             "trust_remote_code": policy.trusted,
             "dtype": resolve_dtype(self.dtype, writing=True),

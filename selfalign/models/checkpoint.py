@@ -20,6 +20,7 @@ from selfalign.core.files import digest_file, digest_folder, digest_json, read_j
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import keep_layers_differentiable, quantise_on_load
+from selfalign.models.tokenizer import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,6 +164,29 @@ class PolicyCheckpoint:
         return longest_sequence(self.config)
 
     @property
+    def weights_folder(self) -> Path:
+        """The folder of the weights, or of an adapter's base. It may be a link to a folder outside the store.
+
+        Raises:
+            SelfalignError: a file behind the link has changed since, so that the policy would be another one.
+        """
+        folder, recorded = self.path / "weights", self.path / "weights.json"
+        if not folder.is_symlink():
+            return folder
+        written = recorded.stat().st_mtime_ns
+        # Only files that were touched later are read: the weights may be large.
+        if any(path.stat().st_ctime_ns > written for path in weight_files(folder)):
+            now = digest_weights(folder)
+            own = {name: digest for name, digest in self.weights.items() if name != "quantization"}
+            base = self.weights.get("base")
+            if (digest_json(now | self.quantization) != base) if base else (now != own):
+                raise SelfalignError(
+                    f"{folder.resolve()}: its weights or configuration have changed since a run linked to them "
+                    f"({self.path}), so its model would be another one. Put the earlier files back, or start a new run"
+                )
+        return folder
+
+    @property
     def trusted(self) -> bool:
         """Whether the user allowed code that comes with the model to run."""
         return (self.path / TRUSTED).exists()
@@ -187,7 +211,7 @@ class PolicyCheckpoint:
         release_memory()  # The model and the optimiser of the training before are in cycles.
         device = device or default_device()
         quantised = quantise_on_load(DTYPES[dtype], device) if self.weights.get("quantization") == "nf4" else {}
-        model = load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
+        model = load_checkpoint(self.weights_folder, dtype, trust_remote_code=self.trusted, **quantised)
         if self.quantization:
             keep_layers_differentiable(model)
         if (self.path / "adapter").exists():
@@ -202,7 +226,17 @@ class PolicyCheckpoint:
         return Policy(cast("PreTrainedModel", model), tokenizer, self.digest, capabilities)
 
     def save(self, policy: Policy, base: "PolicyCheckpoint") -> None:
-        """Write a trained policy: all its weights, or its adapter and a link to its base."""
+        """Write a trained policy: all its weights, or its adapter and a link to its base.
+
+        All its weights come with a generation_config.json that ends a text where the run ends it.
+
+        Raises:
+            SelfalignError: a weight is not finite.
+        """
+        if name := not_finite(policy.model):
+            raise SelfalignError(
+                f"the trained weights {name!r} are not all finite: the training has diverged. Lower its learning rate"
+            )
         policy.tokenizer.save_pretrained(self.path / "tokenizer")
         if hasattr(policy.model, "peft_config"):
             policy.model.save_pretrained(self.path / "adapter")
@@ -210,6 +244,9 @@ class PolicyCheckpoint:
             link_folder(self.path / "weights", base.path / "weights")
             weights = {"base": base.digest, **base.quantization, **digest_weights(self.path / "adapter")}
         else:
+            if policy.model.can_generate():
+                first, *more = stop_ids(policy.tokenizer)
+                policy.model.generation_config.eos_token_id = [first, *more] if more else first
             policy.model.save_pretrained(self.path / "weights")
             policy.tokenizer.save_pretrained(self.path / "weights")
             weights = digest_weights(self.path / "weights")
@@ -217,6 +254,13 @@ class PolicyCheckpoint:
         Capabilities.load(base.path).save(self.path)
         if base.trusted:
             (self.path / TRUSTED).touch()
+
+
+def not_finite(model: torch.nn.Module) -> str:
+    """Return the name of a model's first parameter that is not finite; "" if all are."""
+    weights = ((name, weight) for name, weight in model.named_parameters() if weight.is_floating_point())
+    bad = (name for name, weight in weights if weight.element_size() > 1 and not weight.isfinite().all())
+    return next(bad, "")
 
 
 def longest_sequence(config: Any) -> int:
@@ -272,8 +316,12 @@ def fastest_dtype(*, writing: bool) -> tuple[str, str]:
 
 def digest_weights(folder: Path) -> dict[str, str]:
     """Return {file: SHA-256} of a checkpoint's weights and its model config."""
-    files = sorted({*folder.glob("*.safetensors"), *folder.glob("*config.json")})
-    return {path.name: digest_file(path) for path in files}
+    return {path.name: digest_file(path) for path in weight_files(folder)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's weights and its model config, by name."""
+    return sorted({*folder.glob("*.safetensors"), *folder.glob("*config.json")})
 
 
 def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":

@@ -137,7 +137,7 @@ def load_reward_model(files: PolicyCheckpoint, dtype: str, device: str = "") -> 
     from transformers import AutoModelForSequenceClassification
 
     release_memory()
-    folder = files.path / "weights"
+    folder = files.weights_folder
     model, report = read_weights(AutoModelForSequenceClassification, folder, dtype, trust_remote_code=False)
     if missing := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
         raise SelfalignError(

@@ -10,9 +10,11 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from selfalign.core.errors import SelfalignError
 from selfalign.models.batches import Batch, SharedPrompt, make_batch, split_by_tokens
 from selfalign.models.checkpoint import LoadedPolicy, Policy, autocast
 from selfalign.models.logprobs import score_responses_only
@@ -169,11 +171,29 @@ def ask_all(
     name: str,
     size: Callable[[SharedPrompt], int],
 ) -> Iterator[Any]:
-    """Yield a loaded policy's answer to each group, in journalled batches."""
+    """Yield a loaded policy's answer to each group, in journalled batches.
+
+    Raises:
+        SelfalignError: a log-probability is not finite.
+    """
     # Named by what is in them, because `max_batch_tokens` may be another when a killed stage is resumed.
-    tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in batches)
+    tasks = (
+        (f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(_ask_finite, ask, batch))
+        for batch in batches
+    )
     for rows in journal.batches(tasks):
         yield from rows
+
+
+def _ask_finite(ask: Callable[[list[SharedPrompt]], list[Any]], batch: list[SharedPrompt]) -> list[Any]:
+    rows = ask(batch)
+    for group, row in zip(batch, rows, strict=True):
+        if not np.isfinite(row).all():
+            raise SelfalignError(
+                f"record {group.id}: its log-probabilities are not finite under this policy: the training that made it "
+                "has diverged (lower its learning rate), or its dtype is too small for it"
+            )
+    return rows
 
 
 def with_next_token(group: SharedPrompt) -> SharedPrompt:

@@ -204,6 +204,9 @@ def use(run: Finished, repository: str) -> str:
             f"model = PeftModel.from_pretrained(base, {place('adapter')})",
         ]
     lines = [*imports, "", *loading, f"tokenizer = AutoTokenizer.from_pretrained({place('tokenizer')})"]
+    if run.config["model"]["lora"]["rank"]:  # An adapter has no generation_config.json of its own.
+        stops = run.counts[Label.model("M0")]["stops_at"]
+        lines.append(f"model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids({stops!r})")
     return f"{kind}\n\n{fenced(chr(10).join(lines), 'python')}"
 
 

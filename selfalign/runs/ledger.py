@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
 from selfalign.runs.labels import Label
 from selfalign.runs.tracker import NoTracker, Tracker
@@ -38,8 +39,17 @@ class Ledger:
     logged: int = 0
 
     def link(self, label: Label, path: Path) -> None:
-        """Link an artifact. This comes before the search for it, because linked artifacts are not cleaned away."""
+        """Link an artifact. This comes before the search for it, because linked artifacts are not cleaned away.
+
+        Raises:
+            SelfalignError: a folder is in the place of the link.
+        """
         link = label.link_in(self.folder)
+        if link.is_dir() and not link.is_symlink():
+            raise SelfalignError(
+                f"{link} is a folder where a run has a link: the run was copied by a program that follows links. "
+                f"Remove {self.folder / 'artifacts'} and repeat the command, which links what the store has"
+            )
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(path, link.parent)
         if not link.is_symlink() or link.readlink() != Path(target):

@@ -124,8 +124,19 @@ def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options:
 
 
 def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
-    """Compute the log-probabilities of both responses of each pair: nats, summed over tokens, shape (pairs,)."""
-    return by_pair(*forward(model, groups))
+    """Compute the log-probabilities of both responses of each pair: nats, summed over tokens, shape (pairs,).
+
+    Raises:
+        SelfalignError: one is not finite.
+    """
+    logps = by_pair(*forward(model, groups))
+    finite = (logps.chosen + logps.rejected).isfinite().tolist()
+    if wrong := [group.id for group, is_finite in zip(groups, finite, strict=True) if not is_finite]:
+        raise SelfalignError(
+            f"record {wrong[0]}: its log-probabilities are not finite under this policy: the training that made it has "
+            "diverged. Lower its learning rate"
+        )
+    return logps
 
 
 def by_pair(batch: Batch, logps: Tensor) -> PairLogps:
