@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ROOT, TINY_RUN, metrics, run, write_tiny_data
+from builders import TINY_RUN, metrics, run, write_tiny_data
 
 from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_records
@@ -49,7 +49,7 @@ NOUNS = [
 LETTERS = {"small": ("lower_case", "yes"), "capital": ("upper_case", "YES")}
 
 SEEDS = (0, 1, 2)
-FUNCTION = f"judge.function={ROOT / 'experiments/controls/judges.py'}"
+FUNCTION = "judge.function=selfalign.judges.controls"
 JUDGES = {
     "verifier": ["judge=verifier"],
     "random": ["judge=function", f"{FUNCTION}:random"],

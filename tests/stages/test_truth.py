@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import (
-    ROOT,
     TINY_RUN,
     composed,
     instruction,
@@ -150,7 +149,7 @@ def test_truth_without_instructions_is_refused() -> None:
 def test_run_shows_the_truth_beside_a_judge_that_guesses(tmp_path: Path) -> None:
     folder = run(
         tmp_path / "run", *TINY_RUN, write_tiny_data(tmp_path / "data")[0], *TRUTH, "judge=function",
-        f"judge.function={ROOT / 'experiments/controls/judges.py'}:random", "data.seed_data.eft_source=none",
+        "judge.function=selfalign.judges.controls:random", "data.seed_data.eft_source=none",
         "data.instruct.source=shipped:verifiable:40", "data.instruct.count=12", "evaluate.count=4", "iterations=2",
         "data.respond.sampling.max_new_tokens=16", "evaluate.head_to_head=null", "pair.minimum_pairs=1",
     )  # fmt: skip
