@@ -309,7 +309,7 @@ class Said(NamedTuple):
 
 def planned(config: ExperimentConfig) -> list[str]:
     """The labels of a run's stages, in their order."""
-    return [str(label) for label, _ in plan(config)]
+    return [str(one.label) for one in plan(config)]
 
 
 def composed(*overrides: str) -> tuple[ExperimentConfig, str, dict[str, Any]]:

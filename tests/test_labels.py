@@ -17,7 +17,7 @@ LABELS = ROOT / "selfalign/runs/labels.py"
 
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_label_of_a_run_is_read_back_as_it_was_written(experiment: str) -> None:
-    labels = [label for label, _ in plan(study(experiment))]
+    labels = [one.label for one in plan(study(experiment))]
     assert len(set(map(str, labels))) == len(labels) > 5
     assert [Label.parse(str(label)) for label in labels] == labels
 

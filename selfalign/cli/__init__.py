@@ -1,1 +1,1 @@
-"""The commands: `selfalign`, `selfalign-evaluate`, `selfalign-report`, `selfalign-store`, `selfalign-workspace`."""
+"""The commands, which `selfalign.cli.commands` lists."""

@@ -33,8 +33,19 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    set_bars()
     # Warnings of joblib's processes after Ctrl-C.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+
+
+def set_bars() -> None:
+    """Switch off the progress bars of libraries where they would fill a log file. tqdm reads this on import.
+
+    Bars of selfalign say themselves whether they are shown, which counts more.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def set_streams() -> None:
@@ -49,6 +60,7 @@ def set_messages() -> None:
 
     Rank 0 logs everything; the other ranks only log errors.
     """
+    set_bars()  # A launcher's process begins here.
     from transformers.utils.logging import disable_progress_bar
 
     set_streams()  # A launcher has replaced the streams.

@@ -12,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfalign.cli.commands import COMMANDS, heading, last_sections
 from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams, take_config_dir
 from selfalign.cli.errors import explain, report_errors
 from selfalign.config.extensions import check_options, installed_folders
 from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,6 +30,17 @@ EXAMPLES = (
     ("selfalign -m experiment=demo loss.lam=0.1,0.3,0.5,1", "a sweep over λ; shared stages run once"),
 )
 
+OPTIONS = {
+    "-m": "run a job for every combination of values, as in loss.lam=0.1,0.3",
+    "--explain KEY": "explain a key, such as loss.lam, a group, loss, or an option, loss=dpo",
+    "--schema FOLDER": "write JSON schemas for editors of YAML",
+    "--config-dir DIR": "a folder with options of your own",
+    "--cfg job": "show the composed configuration; --info says where it comes from",
+    "--hydra-help": "Hydra's own flags",
+    "-sc install=bash": 'Bash completion: eval "$(selfalign -sc install=bash)"',
+    "HYDRA_FULL_ERROR=1": "in the environment: errors with full tracebacks",
+}
+
 
 def main() -> None:
     """Run the command line. Exit codes: 0; 1 for an error that the user can correct, or a bug; 130 for Ctrl-C."""
@@ -38,6 +51,7 @@ def main() -> None:
             return
         os._exit(0)
     with report_errors("interrupted"):
+        refuse_subcommand(sys.argv[1:])
         if answer := told(sys.argv[1:]):
             print(answer)
             return
@@ -53,18 +67,24 @@ def help_text() -> str:
         [conf_folder(), *(folder for _, folder in installed_folders()), *filter(Path.is_dir, _own_folders())]
     )
     width = max(map(len, options))
-    lines = ["selfalign: iterative self-rewarding alignment of language models", ""]
-    lines += ["usage: selfalign [-m] [group=option ...] [key=value ...]", "", "groups and their options:"]
+    lines = [heading("selfalign"), "", "usage: selfalign [-m] [group=option ...] [key=value ...]", ""]
+    lines += ["Trains a model on its own judgements in iterations: M0 → M1 → M2 → ... → report.html.", ""]
+    lines += ["groups and their options:"]
     lines += [f"  {group:<{width}}  {' '.join(sorted(names))}" for group, names in sorted(options.items())]
-    lines += ["", "examples:"]
-    lines += [f"  {command}\n      {meaning}" for command, meaning in EXAMPLES]
-    lines += ["", "also: --explain loss.lam explains a key, --explain loss a group, --explain loss=dpo an option;"]
-    lines += ["      --schema FOLDER writes JSON schemas for editors of YAML;"]
-    lines += ["      --cfg job shows the composed configuration, --info where it comes from,"]
-    lines += ["      --hydra-help Hydra's own flags. Full tracebacks: HYDRA_FULL_ERROR=1."]
-    lines += ["      selfalign-report PATH... compares runs, or writes the report of one run again."]
-    lines += ['      Bash completion: eval "$(selfalign -sc install=bash)"']
-    return "\n".join(lines)
+    lines += ["", "options:"]
+    lines += [f"  {option:<{width + 10}}  {meaning}" for option, meaning in OPTIONS.items()]
+    return "\n".join([*lines, "", last_sections("selfalign", dict(EXAMPLES))])
+
+
+def refuse_subcommand(arguments: Sequence[str]) -> None:
+    """Check that the first argument is not another command of the family, as in `selfalign report`.
+
+    Raises:
+        SelfalignError: it is.
+    """
+    meant = f"selfalign-{arguments[0]}" if arguments else ""
+    if meant in COMMANDS:
+        raise SelfalignError(f"selfalign has no subcommands; did you mean {' '.join([meant, *arguments[1:]])}?")
 
 
 def told(arguments: Sequence[str]) -> str:
@@ -157,7 +177,6 @@ def _prepare(config: "DictConfig") -> tuple[Any, str, dict[str, Any]]:
     from hydra.types import RunMode
 
     from selfalign.config.hydra import describe
-    from selfalign.core.errors import SelfalignError
 
     experiment, text, described = describe(config)
     if experiment.dry_run and HydraConfig.get().mode is RunMode.MULTIRUN:

@@ -9,12 +9,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from selfalign.cli.commands import command_parser
 from selfalign.cli.environment import set_streams
 from selfalign.cli.errors import report_errors
 from selfalign.core.errors import SelfalignError
 from selfalign.core.formatting import age, amount, duration, plural, printable, table
 from selfalign.store.inventory import Inventory, StoredArtifact, remove, remove_locks, scan_store, total_size
 from selfalign.store.key_diff import KeyDiff, read_stages
+
+EXAMPLES = {
+    "selfalign-store list": "every artifact: size, time, age, and the runs that use it",
+    "selfalign-store why demo-1a2b3c4d demo-5e6f7a8b": "the first stage that two runs do not share, and why",
+    "selfalign-store clean": "remove artifacts that no run uses, after asking",
+}
 
 NAMED = 2
 """Number of runs or labels that a line of the list names before it counts the others."""
@@ -39,8 +46,8 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--output", type=Path, default=Path("outputs"), help="the folder of the runs and their store")
-    parser = argparse.ArgumentParser(prog="selfalign-store", description=(__doc__ or "").partition(": ")[2])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = command_parser("selfalign-store", "", EXAMPLES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
 
     def add(name: str, command: Callable[[argparse.Namespace], int], meaning: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=[shared], help=meaning, description=meaning)

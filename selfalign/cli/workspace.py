@@ -1,7 +1,6 @@
 """`selfalign-workspace`: create a W&B workspace that compares the runs of a project."""
 
-import argparse
-
+from selfalign.cli.commands import command_parser
 from selfalign.cli.environment import set_streams
 from selfalign.cli.errors import report_errors
 from selfalign.tracking.wandb_workspace import publish
@@ -10,9 +9,7 @@ from selfalign.tracking.wandb_workspace import publish
 def main() -> None:
     """Create the workspace of a project and send it as a new view, if W&B can be reached."""
     set_streams()
-    parser = argparse.ArgumentParser(
-        prog="selfalign-workspace", description="Create a W&B workspace that compares runs."
-    )
+    parser = command_parser("selfalign-workspace", "", {"selfalign-workspace me/selfalign": "of one project"})
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="the project whose runs are compared")
     name = parser.parse_args().project
     entity, _, project = name.partition("/")

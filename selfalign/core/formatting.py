@@ -28,6 +28,17 @@ def duration(seconds: float) -> str:
     return f"{hours}\u00a0h {left}\u00a0min" if hours else f"{minutes}\u00a0min {rest}\u00a0s"
 
 
+def about(seconds: float) -> str:
+    """Return an estimated time in words, as coarse as estimates are: whole minutes, from an hour on five at a time."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 60:
+        return f"about {minutes} min"
+    hours, rest = divmod(5 * round(seconds / 300), 60)
+    return f"about {hours} h {rest} min" if rest else f"about {hours} h"
+
+
 def age(seconds: float) -> str:
     """Return how long ago something was, in its largest unit."""
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):

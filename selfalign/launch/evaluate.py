@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -17,7 +17,8 @@ from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.data.mixtures import identify_source, parts_of
 from selfalign.engines.resident import workers_may_stay
-from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved, warn_of_settings
+from selfalign.launch.experiment import conclude, described, log_file, read_own, tell_resolved, warn_of_settings
+from selfalign.launch.live import LiveReport
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.protocol import Loss, aligns
 from selfalign.models.config import ModelConfig
@@ -174,7 +175,10 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
         with suppress(NotMadeYet, SelfalignError, OSError):
             _measure(config, look, sources, runs, trained, asked, {})
         open_folder(folder, text, look.asked)
-        with log_file(folder / "run.log"), open_trackers(config.tracker, folder, plain) as ledger.tracker:
+        told = described(config, {**plain, "overrides": overrides}) | {"evaluated": sources}
+        live = LiveReport(folder, told, evaluated_models)
+        with log_file(folder / "run.log"), live, open_trackers(config.tracker, folder, plain) as ledger.tracker:
+            ledger.begun = live.begin
             warn_of_settings(config, {"overrides": overrides})
             _tell_differences(every)
             _tell_how_asked(every, [source for source in sources if source not in runs], overrides)
@@ -185,8 +189,13 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
                 names = _measure(config, runner, sources, runs, trained, asked, ledger.artifacts)
             for label, made in ledger.artifacts.items():
                 ledger.link(label, made.path)  # Of the models too, which were made elsewhere.
-            conclude(ledger, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
+            conclude(ledger, live, names, (write_report,))
     return folder
+
+
+def evaluated_models(labels: Iterable[Label]) -> list[str]:
+    """Return the names of the models among the artifacts so far."""
+    return [str(label) for label in labels if not label.part and Label.names_model(str(label))]
 
 
 def _compose(

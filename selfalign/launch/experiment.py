@@ -15,6 +15,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
 from selfalign.engines.resident import workers_may_stay
+from selfalign.launch.live import FINISHED, LiveReport
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.losses.protocol import Loss
@@ -29,15 +30,12 @@ from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, open_ledger
 from selfalign.runs.provenance import code_state, write_provenance
 from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner
-from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
+from selfalign.runs.summary import closing_text, models_of, plan_text
 from selfalign.runs.tracker import open_trackers
 from selfalign.store.artifacts import Store, locked
 from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)
-
-FINISHED = "finished.json"
-"""Requested outputs besides the artifacts. Written last, after the pages, the end of tracking and the push."""
 
 RESOLVED = "resolved.json"
 """Values of the settings that are auto, on the machine that last worked on the run."""
@@ -94,16 +92,18 @@ def _run(
                 run_pipeline(config, runner)
             return folder, None
         open_folder(folder, config_yaml, stored.asked)
-        with log_file(folder / "run.log"), ExitStack() as tracked:
+        live = LiveReport(folder, described(config, plain), models_of)
+        with log_file(folder / "run.log"), live, ExitStack() as tracked:
             warn_of_settings(config, plain)
             preflight(config, stored.found)
             tell_resolved(folder, config)
             ledger.tracker = tracked.enter_context(open_trackers(config.tracker, folder, plain))
-            print(plan_text(plan(config), stored), *sight(config, config.evaluate.count), sep="\n", flush=True)
+            ledger.planned, ledger.begun = plan(config), live.begin
+            print(plan_text(ledger.planned, stored), *sight(config, config.evaluate.count), sep="\n", flush=True)
             settle_imports()
             with at_the_end(partial(write_provenance, ledger, config.seed, code_state())), workers_may_stay():
                 run_pipeline(config, runner)
-            conclude(ledger, config, plain, models_of(ledger.artifacts), (write_report, write_card))
+            conclude(ledger, live, models_of(ledger.artifacts), (write_report, write_card))
         if config.hub.push:
             print(f"published {publish(folder, config.hub.repo_id, private=config.hub.private)}", flush=True)
         write_json(folder / FINISHED, requested_outputs(config))
@@ -185,29 +185,25 @@ def requested_outputs(config: ExperimentConfig) -> dict[str, Any]:
     return {"tracker": repr(config.tracker), "push": push, "sweep_metric": config.sweep_metric}
 
 
-def conclude(
-    ledger: Ledger,
-    config: ExperimentConfig,
-    plain: dict[str, Any],
-    models: Sequence[str],
-    pages: Sequence[Callable[[Path], None]],
-    **more: Any,
-) -> None:
+def described(config: ExperimentConfig, plain: dict[str, Any]) -> dict[str, Any]:
+    """Return what a summary says of a run's settings; `plain` is the same as plain dictionaries."""
+    later = {start: stated(changes["loss"]) for start, changes in config.at.items() if "loss" in changes}
+    settings = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
+    return settings | ({"later_losses": later} if later else {})
+
+
+def conclude(ledger: Ledger, live: LiveReport, models: Sequence[str], pages: Sequence[Callable[[Path], None]]) -> None:
     """Write the summary and the pages of a run, attach them to the tracker, and print the results.
 
     Args:
         ledger: holds all artifacts.
-        config: the experiment.
-        plain: the same as plain dictionaries.
+        live: the report while the run goes, which ends here.
         models: names of the evaluated models, in their order.
         pages: functions that write a page, each given the run folder.
-        more: further entries of the summary.
     """
-    later = {start: stated(changes["loss"]) for start, changes in config.at.items() if "loss" in changes}
-    described = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
-    described |= {"later_losses": later} if later else {}
-    summary = {**described, **more, **summarise(ledger.artifacts, models)}
+    summary = live.summary(ledger, models)
     write_json(ledger.folder / "summary.json", summary)
+    live.finish()
     ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
     for write in pages:
         write(ledger.folder)

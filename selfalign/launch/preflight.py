@@ -72,7 +72,7 @@ def preflight(config: ExperimentConfig, made: Collection[Label]) -> None:
 
 def problems(config: ExperimentConfig, made: Collection[Label]) -> list[str]:
     """Return a line for each problem."""
-    labels = [label for label, _ in plan(config) if label not in made]
+    labels = [one.label for one in plan(config) if one.label not in made]
     checks: list[Callable[[ExperimentConfig, list[Label]], list[str]]] = [
         check_tracking,
         check_packages,

@@ -22,7 +22,16 @@ from selfalign.launch.experiment import finish_experiment, log_file
 from selfalign.metrics.catalog import signed
 from selfalign.runs.folder import run_folder
 from selfalign.runs.summary import table
-from selfalign.runs.sweep_jobs import JOBS, Job, JobState, read_jobs, seconds, state_text, varying_overrides
+from selfalign.runs.sweep_jobs import (
+    JOBS,
+    Job,
+    JobState,
+    jobs_in,
+    seconds,
+    state_text,
+    time_left,
+    varying_overrides,
+)
 from selfalign.store.artifacts import locked
 
 logger = logging.getLogger(__name__)
@@ -60,7 +69,7 @@ class Sweep:
 
     def jobs(self) -> list[Job]:
         """Return all jobs known so far."""
-        return [Job(**{**row, "state": JobState(row["state"])}) for row in read_jobs(self.folder / JOBS)]
+        return jobs_in(self.folder)
 
     def update_job(self, number: int, overrides: Sequence[str], **changes: Any) -> None:
         """Record a change of a job, and print it if the state is among the changes."""
@@ -70,7 +79,11 @@ class Sweep:
             known[number] = job
             self._write([known[index] for index in sorted(known)])
         if "state" in changes:
-            print(f"job {number} ({varying_overrides(job, list(known.values()))}): {state_text(job)}", flush=True)
+            jobs = list(known.values())
+            print(f"job {number} ({varying_overrides(job, jobs)}): {state_text(job)}", flush=True)
+            others = sum(one.state is JobState.running for one in jobs)
+            if job.state is JobState.finished and (left := time_left(jobs, others + 1)):
+                print(f"sweep: {left}", flush=True)
 
     def interrupt(self) -> None:
         """Record that Ctrl-C has ended all running jobs."""

@@ -21,7 +21,7 @@ from selfalign.pipeline.inputs import RunInputs, makes_baseline
 from selfalign.pipeline.models import RunJudge, RunModels, checkpoint_judge, fixed_judges, load_from_outside
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.labels import AHEAD, BASELINE, Label, model_after
-from selfalign.runs.planner import Planner
+from selfalign.runs.planner import PlannedStage, Planner
 from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
 from selfalign.stages.distorted_instructions import distorted_instructions, distorted_questions
@@ -53,8 +53,8 @@ def run_pipeline(config: ExperimentConfig, run: StageRunner) -> None:
         method.evaluation.measure(model_after(iteration), models, loss=loss)
 
 
-def plan(config: ExperimentConfig) -> list[tuple[Label, str]]:
-    """Return (label, size) of every stage of a run, in order, without reading or making anything."""
+def plan(config: ExperimentConfig) -> list[PlannedStage]:
+    """Return every stage of a run, in order, without reading or making anything."""
     planner = Planner()
     run_pipeline(config, planner)
     return planner.stages

@@ -40,7 +40,7 @@ from selfalign.report.jobs import (
     seconds_alone,
     seconds_own,
 )
-from selfalign.report.run_page import MODELS, SHOWN, purpose, trained_on
+from selfalign.report.run_page import MODELS, RELOAD_SECONDS, SHOWN, purpose, trained_on
 from selfalign.report.tables import matrix
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Candidate, Sample, read_responses, stream_artifact
@@ -96,8 +96,8 @@ def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") ->
     return compare_jobs(find_jobs(folders), target, metric)
 
 
-def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "") -> Path:
-    """Write the comparison of jobs that have been found; see `write_comparison`."""
+def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "", *, running: bool = False) -> Path:
+    """Write the comparison of jobs that have been found; see `write_comparison`. If they run, the page reloads."""
     comparison = JobComparison.of(jobs, metric or metric_of(jobs))
     if comparison.finished and not comparison.ranked and metric:
         known = sorted({key for job in comparison.finished for key, value in job.last.items() if is_number(value)})
@@ -108,7 +108,7 @@ def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "") -> P
     write_atomically(target / "comparison.csv", [csv_text(comparison, comparison.jobs).encode()])
     if comparison.has_replicates:
         write_atomically(target / "comparison_settings.csv", [csv_text(comparison, comparison.groups).encode()])
-    write_atomically(target / "comparison.html", [page(comparison).encode()])
+    write_atomically(target / "comparison.html", [page(comparison, running=running).encode()])
     return target / "comparison.html"
 
 
@@ -138,7 +138,7 @@ def csv_text(comparison: JobComparison, jobs: Sequence[JobResult]) -> str:
     return file.getvalue()
 
 
-def page(comparison: JobComparison) -> str:
+def page(comparison: JobComparison, *, running: bool = False) -> str:
     """Return the whole page."""
     names = {run.summary["name"] for run in comparison.runs}
     compared = compared_jobs(comparison)
@@ -160,6 +160,7 @@ def page(comparison: JobComparison) -> str:
         f'<p class="lead">{what_differs(comparison)}</p>\n{said}{caveats(comparison)}',
         parts,
         Path(__file__).with_name("sort.js").read_text(encoding="utf-8"),
+        RELOAD_SECONDS if running else 0,
     )
 
 

@@ -121,7 +121,9 @@ CHART_FORMS: Mapping[str, Format] = {**FORMS, **dict.fromkeys(("reward", "nats",
 """{unit of a metric: format of its numbers at an axis, which may span a small range}."""
 
 
-def document(name: str, kind: str, opening: str, parts: Mapping[str, str], script: str = "") -> str:
+def document(
+    name: str, kind: str, opening: str, parts: Mapping[str, str], script: str = "", reload_seconds: int = 0
+) -> str:
     """Return a self-contained page.
 
     Args:
@@ -130,7 +132,9 @@ def document(name: str, kind: str, opening: str, parts: Mapping[str, str], scrip
         opening: HTML before the sections.
         parts: {title: HTML} of the sections; an empty one is left out.
         script: JavaScript; the page also works without it.
+        reload_seconds: after which a browser reads the page again; 0 for never.
     """
+    reload = f'<meta http-equiv="refresh" content="{reload_seconds}">\n' if reload_seconds else ""
     shown = {title.lower().replace(" ", "-"): (title, body) for title, body in parts.items() if body}
     links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in shown.items())
     sections = "".join(
@@ -141,7 +145,7 @@ def document(name: str, kind: str, opening: str, parts: Mapping[str, str], scrip
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+{reload}<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(name)} · selfalign</title>
 <style>

@@ -232,7 +232,7 @@ def instruments_table(run: Finished) -> str:
     ]
     if not rows:
         said = "Not measured: no ranked answers are held out (<code>data.seed_data.ranked</code>)."
-        return note(said) if available(run) else ""
+        return note(said) if available(run) and run.progress is None else ""
     bar = run.config["evaluate"].get("instruments", {})
     remark = note(
         "An instrument passes if the lower end of its accuracy's 95\u00a0% interval (over questions) is above "

@@ -17,6 +17,7 @@ from selfalign.metrics.catalog import signed
 from selfalign.report.html import is_number
 from selfalign.report.replicates import pooled_models
 from selfalign.runs.labels import Label
+from selfalign.runs.progress import PROGRESS
 from selfalign.runs.reader import Finished
 from selfalign.runs.sweep_jobs import JOBS, read_jobs
 
@@ -145,7 +146,7 @@ def _of_folder(folder: Path) -> JobResult:
 
 
 def _has_finished(folder: Path) -> bool:
-    return (folder / "summary.json").is_file()
+    return (folder / "summary.json").is_file() and not (folder / PROGRESS).exists()
 
 
 def _finished(folder: Path) -> JobResult:

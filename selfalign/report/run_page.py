@@ -35,7 +35,7 @@ from selfalign.report.html import (
 )
 from selfalign.report.instruments import headline_metric, instruments_table, verdict
 from selfalign.report.model_charts import charts_over_models, of_models
-from selfalign.report.sentences import warnings, what_was_run
+from selfalign.report.sentences import progress_sentence, warnings, what_was_run
 from selfalign.report.tables import (
     answers_table,
     benchmark_tables,
@@ -50,9 +50,13 @@ from selfalign.report.tables import (
 from selfalign.report.timing import times_table
 from selfalign.report.truth import truth_section
 from selfalign.runs.labels import BASELINE, JUDGE_PAIRS, Kind, Label
+from selfalign.runs.progress import PROGRESS, is_running
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 
 Row = dict[str, Any]
+
+RELOAD_SECONDS = 10
+"""After which a browser reads the page of a running run again."""
 
 SHOWN = 3
 """Number of instructions of an iteration that are shown with their candidates, and of head-to-head comparisons."""
@@ -95,11 +99,15 @@ PURPOSES = {
 
 
 def write_report(folder: Path) -> None:
-    """Write report.html from the other files of a finished run's folder."""
-    write_atomically(folder / "report.html", [page(Finished.load(folder)).encode()])
+    """Write report.html from the other files of a run's folder: of a finished run, or what an unfinished one has."""
+    run = Finished.load(folder)
+    running = run.progress is not None and is_running(folder, run.progress)
+    html = page(run, running=running).encode()
+    if not running or (folder / PROGRESS).exists():  # If the run has finished meanwhile, its own last page stays.
+        write_atomically(folder / "report.html", [html])
 
 
-def page(run: Finished) -> str:
+def page(run: Finished, *, running: bool = False) -> str:
     """Return the whole page."""
     parts = {
         "Models": models_table(run),
@@ -122,12 +130,12 @@ def page(run: Finished) -> str:
         "Time": times(run),
         "Provenance": provenance(run),
     }
-    return document(
-        run.summary["name"],
-        f"report of run {run.folder.name}",
-        f'<p class="lead">{what_was_run(run)}</p>\n{verdict(run)}{warnings(run)}',
-        parts,
-    )
+    if run.progress:
+        opening = progress_sentence(run.progress, running=running) + warnings(run)
+    else:
+        opening = f'<p class="lead">{what_was_run(run)}</p>\n{verdict(run)}{warnings(run)}'
+    kind = f"report of run {run.folder.name}"
+    return document(run.summary["name"], kind, opening, parts, reload_seconds=RELOAD_SECONDS if running else 0)
 
 
 ANY = decimals(0)
@@ -337,7 +345,9 @@ def data_table(run: Finished) -> str:
 
 def samples(run: Finished) -> str:
     """Return the first instructions of each iteration with all their candidates."""
-    shown = {iteration: read_samples(run.folder, iteration, SHOWN) for iteration in run.iterations}
+    made = [label for label in run.counts if label.kind is Kind.ITERATION and label.part in ("responses", "pairs")]
+    iterations = sorted({label.iteration_number for label in made})
+    shown = {iteration: read_samples(run.folder, iteration, SHOWN) for iteration in iterations}
     blocks = [f"<h3>Iteration {n}</h3>\n{''.join(map(card, found))}" for n, found in shown.items() if found]
     remark = note(f"The first {SHOWN} instructions of each iteration, not selected.")
     return remark + "".join(blocks) if blocks else ""
@@ -360,7 +370,7 @@ def drops(run: Finished) -> str:
     What all models share counts for the first one: M1, or in an evaluation of other runs' models the one in its place.
     """
     models = [row["model"] for row in run.models]
-    first = models[0] if "evaluated" in run.summary else "M1"
+    first = models[0] if models and "evaluated" in run.summary else "M1"
 
     def model_of(label: Label) -> str:
         return label.serves if label.kind is Kind.ITERATION or label.serves in models else first
@@ -398,6 +408,9 @@ def purpose(label: Label, stage: str = "training") -> str:
 
 def provenance(run: Finished) -> str:
     """Return commit, command, seed, machine, packages, weights and configuration of the run."""
+    config = fold("Resolved configuration", preformatted((run.folder / "config.yaml").read_text(encoding="utf-8")))
+    if not run.provenance:
+        return config
     origin, machine = run.provenance, run.provenance["machine"]
     known = [
         ("commit", code_state(origin["commit"], origin["diff"])),
@@ -408,8 +421,7 @@ def provenance(run: Finished) -> str:
         ("packages", ", ".join(f"{name} {version}" for name, version in origin["packages"].items())),
     ]
     weights = [(f"weights of {model}", digest) for model, digest in origin["weights"].items()]
-    config = (run.folder / "config.yaml").read_text(encoding="utf-8")
-    return facts(known + weights) + fold("Resolved configuration", preformatted(config))
+    return facts(known + weights) + config
 
 
 def code_state(commit: str, diff: str) -> str:

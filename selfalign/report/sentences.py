@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from datetime import datetime
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from selfalign.metrics import catalog
 from selfalign.report.html import compact, strong
 from selfalign.report.instruments import blind_judges
 from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label
+from selfalign.runs.progress import Progress
 from selfalign.runs.reader import Finished
 
 SCORES = {
@@ -60,6 +62,18 @@ def _stand_in(run: Finished) -> list[str]:
         return [f"Comparisons with M1 are comparisons with {strong(first)}, the first model."]
     both = "M1 stands" if first.endswith(".M1") else "M0 and M1 stand"  # Where no run is evaluated, there is neither.
     return [f"{both} for {strong(first)}, the first model."]
+
+
+def progress_sentence(progress: Progress, *, running: bool) -> str:
+    """Return where an unfinished run is, or where and why it stopped."""
+    if running:
+        left = f" {escape(progress.left[0].upper() + progress.left[1:])}." if progress.left else ""
+        now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+        said = f"<b>Running: {escape(progress.stage)}.</b>{left} Written {now}; this page reloads itself."
+    else:
+        why = progress.error or "its process has ended without a message"
+        said = f"<b>Stopped in {escape(progress.stage)}</b>: {escape(why)}. The same command continues the run."
+    return f'<p class="verdict">{said}</p>\n'
 
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:

@@ -11,7 +11,7 @@ from selfalign.core.formatting import duration
 from selfalign.metrics import catalog
 from selfalign.report.html import Column, decimals, explained, note
 from selfalign.runs.labels import AHEAD, BASELINE, Label
-from selfalign.runs.reader import Finished
+from selfalign.runs.reader import Finished, read_summary
 from selfalign.store.artifacts import LOG, MANIFEST
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ TIMES = (
 
 
 def training_times(folders: Sequence[Path]) -> list[Row]:
-    """Return a row for every training of these finished runs, run by run.
+    """Return a row for every training of these runs, run by run.
 
     A row has `run` (the folder's name), `model`, `loss` (its title; its class, where that is another than the run's),
     `lam` and `beta` (if the loss has them), `pairs` or `labelled` (of an alignment), `steps`, `seconds` (of the steps),
@@ -48,7 +48,7 @@ def _of_run(folder: Path) -> list[Row]:
     made = [*artifacts.glob(f"*/{MANIFEST}"), *artifacts.glob(f"*/{AHEAD}model/{MANIFEST}")]
     labels = [Label.parse(path.parent.relative_to(artifacts).as_posix()) for path in made]
     labels.sort(key=lambda label: (label.iteration_number, not label.part, label.owner != BASELINE))
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     titles = {summary["config"]["choices"]["loss"]: summary["loss"]["title"]}
     return [row for label in labels if (row := _of_model(folder, label, titles))]
 

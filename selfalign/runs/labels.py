@@ -181,6 +181,11 @@ class Label:
         return self.part.removeprefix(AHEAD) == JUDGE_PAIRS
 
     @property
+    def recurring(self) -> str:
+        """What the artifact is among those of its owner, whichever models it compares; equal in every iteration."""
+        return f"{self.benchmark}_against" if self.opponent else self.part
+
+    @property
     def opponent(self) -> str:
         """The opponent in a comparison of two models; empty for other artifacts."""
         found = COMPARISON.fullmatch(self.part)

@@ -1,9 +1,11 @@
 """The ledger of a run: links to its artifacts and rows of metrics, in the run folder."""
 
 import json
+import logging
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,13 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
 from selfalign.runs.labels import Label
+from selfalign.runs.planner import PlannedStage
+from selfalign.runs.progress import Progress
+from selfalign.runs.time_left import time_left
 from selfalign.runs.tracker import NoTracker, Tracker
 from selfalign.store.artifacts import Artifact, Counts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -23,6 +30,8 @@ class Ledger:
         folder: the run folder, with metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links
             below artifacts/.
         show: called with each finished artifact.
+        begun: called when the making of an artifact begins.
+        planned: all stages of the run, in order; empty if they are not known beforehand.
         tracker: also receives every row.
         artifacts: the artifacts so far, made or found.
         reused: labels of the artifacts that were found.
@@ -32,6 +41,8 @@ class Ledger:
 
     folder: Path
     show: Callable[["Ledger", Label], None] = lambda ledger, label: None
+    begun: Callable[["Ledger", Progress], None] = lambda ledger, progress: None
+    planned: list[PlannedStage] = field(default_factory=list)
     tracker: Tracker = field(default_factory=NoTracker)
     artifacts: dict[Label, Artifact] = field(default_factory=dict)
     reused: set[Label] = field(default_factory=set)
@@ -55,6 +66,18 @@ class Ledger:
         if not link.is_symlink() or link.readlink() != Path(target):
             link.unlink(missing_ok=True)
             link.symlink_to(target, target_is_directory=True)
+
+    def begin(self, label: Label, stage: str) -> float | None:
+        """Say that an artifact is now being made, and what time is left. Return the time of the stages behind it."""
+        labels = [one.label for one in self.planned]
+        number = labels.index(label) + 1 if label in labels else len(self.artifacts) + 1
+        later, whole = (time_left(self.planned[n:], self.planned, self.artifacts) for n in (number, number - 1))
+        progress = Progress(label=str(label), number=number, total=len(labels), began=time.time())
+        if labels and whole:
+            progress = replace(progress, seconds_left=whole.seconds, sources=whole.sources)
+        logger.info("%s: %s%s", label, stage, f" · {progress.left}" if progress.left else "")
+        self.begun(self, progress)
+        return later.seconds if labels and later else None
 
     def log(self, label: Label, stage: str, row: dict[str, Any]) -> None:
         """Write a row that a running stage has logged."""

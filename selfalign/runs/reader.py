@@ -1,4 +1,4 @@
-"""A finished run, read back from its folder: its metrics, and its responses with their judgements."""
+"""A run, read back from its folder: its metrics, and its responses with their judgements."""
 
 import json
 import math
@@ -28,6 +28,7 @@ from selfalign.data.turns import as_text
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_mean, wilson
 from selfalign.runs.labels import JUDGE_PAIRS, Kind, Label, model_after
+from selfalign.runs.progress import Progress, read_progress
 
 R = TypeVar(
     "R",
@@ -79,8 +80,20 @@ class Sample:
     candidates: list[Candidate]
 
 
+def read_summary(folder: Path) -> Row:
+    """Return a run's summary, or that so far."""
+    progress = read_progress(folder)
+    return progress.summary if progress else read_json(folder / "summary.json")
+
+
+def last_row(folder: Path) -> Row:
+    """Return the last row of metrics.jsonl that is written to its end; empty without any."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
 def check_artifacts(folder: Path, labels: Iterable[Label]) -> None:
-    """Check that the links of a finished run lead to its artifacts.
+    """Check that the links of a run lead to its artifacts.
 
     Raises:
         SelfalignError: an artifact is missing, because the folder was copied without its store, for example.
@@ -95,18 +108,19 @@ def check_artifacts(folder: Path, labels: Iterable[Label]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished run.
+    """A finished run, or what is finished of a run.
 
     Attributes:
         folder: the run folder.
-        summary: its summary.json.
+        summary: its summary.json, or that so far.
         loss: title and formula of the loss that it begins with.
-        provenance: its provenance.json.
+        provenance: its provenance.json; empty until it is written.
         config: its resolved configuration.
         stages: {label: stage}.
         counts: {label: counts of the stage}.
         rows: the rows of metrics.jsonl.
         models: the models of the summary, with intervals computed from the records.
+        progress: the progress of a run that is not finished; None of a finished one.
     """
 
     folder: Path
@@ -118,6 +132,7 @@ class Finished:
     counts: dict[Label, Row]
     rows: list[Row]
     models: list[Row]
+    progress: Progress | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Finished":
@@ -135,18 +150,21 @@ class Finished:
 
     @classmethod
     def _read(cls, folder: Path) -> "Finished":
-        summary = read_json(folder / "summary.json")
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        progress, origin = read_progress(folder), folder / "provenance.json"
+        summary = progress.summary if progress else read_json(folder / "summary.json")
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = (text.rpartition("\n")[0] if progress else text).splitlines()  # The last line may be half written.
         return cls(
             folder=folder,
             summary=summary,
             loss=summary["loss"],
-            provenance=read_json(folder / "provenance.json"),
+            provenance=read_json(origin) if origin.exists() or not progress else {},
             config=summary["config"],
             stages={Label.parse(stage["label"]): stage["stage"] for stage in summary["stages"]},
             counts={Label.parse(stage["label"]): stage["counts"] for stage in summary["stages"]},
             rows=[json.loads(line) for line in lines],
             models=[{**intervals(folder, row["model"]), **row} for row in summary["models"]],
+            progress=progress,
         )
 
     @property

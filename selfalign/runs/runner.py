@@ -1,6 +1,5 @@
 """Runners: they make the pipeline's artifacts, or look them up in the store."""
 
-import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -9,8 +8,6 @@ from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
 from selfalign.store.artifacts import Artifact, Store
 from selfalign.store.stage import StageFunction, declared
-
-logger = logging.getLogger(__name__)
 
 
 class StageRunner(Protocol):
@@ -53,11 +50,12 @@ class Runner:
         if ledger is None:
             return make()
         ledger.link(label, self.store.path_of(name, keyed))
+        later_seconds = None
         if self.store.find(name, keyed) is None:
-            logger.info("%s: %s", label, name)
+            later_seconds = ledger.begin(label, name)
         else:
             ledger.reused.add(label)
-        artifact = make(on_row=partial(ledger.log, label, name))
+        artifact = make(on_row=partial(ledger.log, label, name), later_seconds=later_seconds)
         ledger.enter(label, artifact)
         return artifact
 

@@ -9,6 +9,7 @@ from selfalign.metrics.catalog import INSTRUMENT_ACCURACY, INSTRUMENT_PASSED, Me
 from selfalign.metrics.instruments import HEAD_TO_HEAD, SCORES
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
+from selfalign.runs.planner import PlannedStage
 from selfalign.runs.runner import CacheLookup
 from selfalign.store.artifacts import Artifact
 
@@ -133,9 +134,9 @@ def drops_text(reasons: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
 
 
-def plan_text(stages: Sequence[tuple[Label, str]], look: CacheLookup) -> str:
+def plan_text(stages: Sequence[PlannedStage], look: CacheLookup) -> str:
     """Return the opening text of the terminal: every stage, its size, and whether it is done."""
-    rows = [[str(label), size, "done" if label in look.found else "to do"] for label, size in stages]
+    rows = [[str(one.label), one.size, "done" if one.label in look.found else "to do"] for one in stages]
     return "\n".join(["", *table(["stage", "size", "state"], rows), ""])
 
 

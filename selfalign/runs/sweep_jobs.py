@@ -1,5 +1,6 @@
 """The jobs of a sweep and their states, stored in jobs.json."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,6 +9,7 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
+from selfalign.core.formatting import about, plural
 
 
 class JobState(StrEnum):
@@ -71,6 +73,30 @@ def seconds(job: Job) -> str:
     return "–" if job.seconds is None else f"{job.seconds:.0f}"
 
 
+def progress_text(jobs: Sequence[Job]) -> str:
+    """Return how many jobs have ended, and the time left: "3 of 8 jobs ended, about 12 min left, …"."""
+    ended = sum(job.state not in (JobState.waiting, JobState.running) for job in jobs)
+    left = time_left(jobs, sum(job.state is JobState.running for job in jobs))
+    return f"{ended} of {plural(len(jobs), 'job')} ended{f', {left}' if left else ''}"
+
+
+def time_left(jobs: Sequence[Job], at_once: int) -> str:
+    """Return the time left of a sweep in words; empty if no job has finished or none is left.
+
+    A job takes as long as the median of those that finished, which share stages as it does.
+
+    Args:
+        jobs: of the sweep.
+        at_once: number of jobs that run side by side.
+    """
+    took = [job.seconds for job in jobs if job.state is JobState.finished and not job.there and job.seconds is not None]
+    left = sum(job.state in (JobState.waiting, JobState.running) for job in jobs)
+    if not took or not left:
+        return ""
+    seconds = statistics.median(took) * left / max(1, at_once)
+    return f"{about(seconds)} left, from the median of {plural(len(took), 'finished job')}"
+
+
 JOBS = "jobs.json"
 """Name of a sweep's file, a list of jobs."""
 
@@ -90,3 +116,8 @@ def read_jobs(file: Path) -> list[dict[str, Any]]:
         raise SelfalignError(
             f"{file}: not the jobs of a sweep ({error!r}). Delete it and start the sweep again"
         ) from error
+
+
+def jobs_in(folder: Path) -> list[Job]:
+    """Return the jobs of a sweep's folder that are known so far."""
+    return [Job(**{**row, "state": JobState(row["state"])}) for row in read_jobs(folder / JOBS)]

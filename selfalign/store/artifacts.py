@@ -82,8 +82,15 @@ class StageOutput:
     which are thrown away. The scratch folder is common to all.
     """
 
-    def __init__(self, folder: Path, label: str, on_row: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        on_row: Callable[[dict[str, Any]], None],
+        later_seconds: float | None = None,
+    ) -> None:
         self.label = label
+        self.later_seconds = later_seconds
         self.scratch = folder / SCRATCH
         self.path = folder
         if not distributed.is_main():
@@ -122,7 +129,8 @@ class StageOutput:
 
     def progress(self, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
         """A progress bar with `total` units, which the main process shows."""
-        return progress_bar(self.label, total, unit, shown=distributed.is_main())
+        shown = distributed.is_main()
+        return progress_bar(self.label, total, unit, shown=shown, later_seconds=self.later_seconds)
 
     @contextmanager
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
@@ -169,6 +177,7 @@ class Store:
         label: str = "",
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
         all_ranks: bool = False,
+        later_seconds: float | None = None,
     ) -> Artifact:
         """Find the artifact or build it. Two runs that need it at once build it once.
 
@@ -181,6 +190,7 @@ class Store:
             label: what the progress bar calls the work.
             on_row: receives each row the stage logs, those of an earlier, killed attempt included.
             all_ranks: whether all processes of a run build it, or the main one without the others.
+            later_seconds: how long the stages behind it take, for the progress bar; None if that is not known.
 
         Raises:
             SelfalignError: the processes of the run ask for different ones.
@@ -198,10 +208,12 @@ class Store:
                 shutil.rmtree(folder / SCRATCH, ignore_errors=True)
             elif all_ranks:
                 with distributed.translate_peer_errors():
-                    self._build(folder, stage, inputs, build, StageOutput(folder, label, on_row))
+                    output = StageOutput(folder, label, on_row, later_seconds)
+                    self._build(folder, stage, inputs, build, output)
             elif distributed.is_main():
                 with distributed.single_process():
-                    self._build(folder, stage, inputs, build, StageOutput(folder, label, on_row))
+                    output = StageOutput(folder, label, on_row, later_seconds)
+                    self._build(folder, stage, inputs, build, output)
             made = open_artifact(folder) if distributed.is_main() else None
         return cast(Artifact, distributed.broadcast(made))
 

@@ -372,7 +372,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def test_every_models_judging_is_measured_and_planned(tested: tuple[Path, list[str]]) -> None:
     folder, overrides = tested
     made = {stage["label"]: stage for stage in read_json(folder / "summary.json")["stages"]}
-    planned = {str(label): size for label, size in plan(composed(*overrides)[0])}
+    planned = {str(one.label): one.size for one in plan(composed(*overrides)[0])}
     assert list(planned) == list(made)
     assert planned["evaluation_M1/reward_bench"].startswith("all comparisons of ")
     assert planned["evaluation_M1/reward_bench"].endswith("by ExpectedScore")

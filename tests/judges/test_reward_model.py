@@ -325,7 +325,7 @@ def test_reward_model_judges_candidates_and_the_answers_of_all_models() -> None:
     chosen = ["judge=reward_model", "judge.model=owner/name", "data.seed_data.eft_source=none"]
     config, _, _ = composed("experiment=smoke", *chosen, "+judge.weights={help: 1, 2: -0.5}")
     assert config.judge.weights == {"help": 1.0, "2": -0.5}
-    sizes = {str(label): size for label, size in plan(config)}
+    sizes = {str(one.label): one.size for one in plan(config)}
     scored = ["iteration_1/judgements", "iteration_2/judgements", "evaluation_M1/scores", "evaluation_M3/scores"]
     assert all(sizes[label].endswith("by RewardModel, judge") for label in scored)
     assert without_effect(config, ["evaluate.judge=base"]) == [

@@ -72,7 +72,7 @@ def test_use_that_cannot_be_is_refused(overrides: list[str], problem: str) -> No
 
 
 def test_judge_has_no_model_in_the_plan() -> None:
-    stages = {str(label): size for label, size in plan(composed("experiment=smoke", *TASKS)[0])}
+    stages = {str(one.label): one.size for one in plan(composed("experiment=smoke", *TASKS)[0])}
     assert stages["iteration_1/judgements"].endswith("responses by Verifier, no model")
     assert "judge" not in stages
 

@@ -86,7 +86,7 @@ def labels(folder: Path) -> list[str]:
 
 def test_every_model_is_measured_and_the_plan_says_so(benched: tuple[Path, list[str]]) -> None:
     folder, overrides = benched
-    planned = {str(label): size for label, size in plan(composed(*overrides)[0])}
+    planned = {str(one.label): one.size for one in plan(composed(*overrides)[0])}
     assert list(planned) == labels(folder)
     assert {"evaluation_M1/mt_bench", "evaluation_M2/mt_bench"} <= planned.keys()
     assert planned["evaluation_M1/mt_bench"].startswith("2 questions of ")
