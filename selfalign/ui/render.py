@@ -45,6 +45,11 @@ def hint(text: str) -> str:
     return f'<p class="hint">{escape(text)}</p>'
 
 
+def title(names: str) -> str:
+    """Return the title of the page."""
+    return f'<p class="title">selfalign <span class="place">{escape(names)}</span></p>'
+
+
 # --- the list ----------------------------------------------------------------------------------------------------
 
 

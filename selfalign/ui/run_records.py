@@ -72,10 +72,13 @@ class RunRecords:
         """Return {name of a file of records: the artifacts that have one}, the best known names first."""
         found: dict[str, list[Label]] = {name: [] for name in FILES.values()}
         for label in self.finished:
-            for path in sorted(label.link_in(self.folder).glob("*.jsonl")):
-                if path.name != LOG:
-                    found.setdefault(path.name, []).append(label)
+            for path in self.record_files(label):
+                found.setdefault(path.name, []).append(label)
         return {name: labels for name, labels in found.items() if labels}
+
+    def record_files(self, label: Label) -> list[Path]:
+        """Return the files of records of an artifact."""
+        return [path for path in sorted(label.link_in(self.folder).glob("*.jsonl")) if path.name != LOG]
 
     def file(self, label: Label, name: str) -> RecordFile | None:
         """Return a file of an artifact; None if it has no such file."""

@@ -100,6 +100,12 @@ class Searcher:
     _columns: dict[tuple[Label, str], Columns] = field(default_factory=dict)
     _results: OrderedDict[tuple[Query, tuple[Label, ...]], list[np.ndarray]] = field(default_factory=OrderedDict)
 
+    def reload(self) -> None:
+        """Look for artifacts that were finished since."""
+        self.run.reload()
+        self._columns.clear()
+        self._results.clear()
+
     def labels(self, query: Query) -> list[Label]:
         """Return the artifacts that a query looks at."""
         return [
