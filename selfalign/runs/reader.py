@@ -17,9 +17,12 @@ from selfalign.core.records import (
     Instruction,
     Judgement,
     LabelledResponse,
+    PairMargin,
+    PairReference,
     PreferencePair,
     RankedAnswers,
     Response,
+    ResponseKL,
     ResponseScore,
 )
 from selfalign.data.labelled import LABELLED
@@ -51,9 +54,12 @@ FILES = {
     Instruction: "instructions.jsonl",
     LabelledResponse: f"{LABELLED}.jsonl",
     Judgement: "judgements.jsonl",
+    PairMargin: "preferences.jsonl",
+    PairReference: "references.jsonl",
     PreferencePair: "pairs.jsonl",
     RankedAnswers: "ranked.jsonl",
     Response: "responses.jsonl",
+    ResponseKL: "moved.jsonl",
     ResponseScore: "scores.jsonl",
 }
 

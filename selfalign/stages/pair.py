@@ -491,7 +491,7 @@ def _keep_positives(
         for group in groups:
             prompt = group.instruction.prompt
             for response in group.responses:
-                reason = _reason_to_drop(response, group.scores.get(response.id), rule)
+                reason = reason_to_drop(response, group.scores.get(response.id), rule)
                 if reason:
                     tally.drops[reason] += 1
                 else:
@@ -556,7 +556,7 @@ def _keep_labelled(
     }
 
 
-def _reason_to_drop(response: Response, score: float | None, rule: PositivesOnly) -> str | None:
+def reason_to_drop(response: Response, score: float | None, rule: PositivesOnly) -> str | None:
     """Return the reason why a response is no positive, or None."""
     if score is None:
         return "unjudged"

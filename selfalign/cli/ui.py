@@ -1,0 +1,57 @@
+"""`selfalign-ui`: look at runs in a browser, compare answers, and chat with their models.
+
+Every RUN is a run folder, of a finished, failed or running run. The page shows its records with their lineage, the
+answers of two runs side by side, and a chat with one model or two. A vote between two replies is added to a file of
+preference pairs. The page listens on this machine alone unless --host says otherwise.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from selfalign.cli.environment import set_environment, set_streams
+from selfalign.cli.errors import report_errors
+from selfalign.core.errors import SelfalignError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0; 1 for an error that the user can correct, or a bug; 2 for a wrong option; 130 for Ctrl-C.
+    """
+    set_environment()
+    set_streams()
+    options = parser().parse_args()
+    with report_errors("stopped"):
+        show(options.runs, options.host, options.port, options.votes)
+
+
+def parser() -> argparse.ArgumentParser:
+    about, _, more = (__doc__ or "").partition("\n\n")
+    found = argparse.ArgumentParser(prog="selfalign-ui", description=f"{about.partition(': ')[2]} {more}")
+    found.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+    found.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: %(default)s)")
+    found.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    votes = "file that votes are added to (default: votes.jsonl in the first RUN)"
+    found.add_argument("--votes", metavar="FILE", type=Path, help=votes)
+    return found
+
+
+def show(runs: list[Path], host: str, port: int | None, votes: Path | None) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        SelfalignError: Gradio is missing, a RUN is no run, or the address cannot be listened on.
+    """
+    if find_spec("gradio") is None:
+        raise SelfalignError("selfalign-ui needs Gradio: pip install 'selfalign[ui]'")
+    # These import torch, which --help should not wait for.
+    from selfalign.ui.page import Explorer, serve
+    from selfalign.ui.run_records import open_runs
+
+    opened = open_runs(runs)
+    if host not in LOOPBACK:
+        print(f"warning: whoever reaches {host} can read these runs and use their models; there is no password")
+    serve(Explorer(opened, votes or runs[0] / "votes.jsonl"), host, port)
