@@ -9,8 +9,8 @@ from itertools import combinations
 from selfalign.core.formatting import plural
 from selfalign.metrics.catalog import declared
 from selfalign.metrics.replicates import Effect, Units, effect, holm
-from selfalign.report.comparison_sentences import FORMS, named
-from selfalign.report.html import Column, Format, compact, decimals, explained, note
+from selfalign.report.comparison_sentences import named
+from selfalign.report.html import Column, Format, compact, decimals, explained, form_of, note
 from selfalign.report.instruction_values import instruction_values
 from selfalign.report.jobs import SEED, JobComparison, JobResult
 
@@ -125,7 +125,7 @@ def _remarks(listed: Sequence[ComparedJobs], found: Sequence[ComparedJobs]) -> l
 
 def difference_form(metric: str) -> Format:
     """Return the format of a metric's differences: points for shares, else as the metric, with a sign."""
-    known, form = declared(metric), FORMS.get(metric, compact)
+    known, form = declared(metric), form_of(metric)
     of_shares = known is not None and known.unit in ("share", "share difference")
     shown: Callable[[float], str] = (lambda d: f"{decimals(0)(100 * d)} points") if of_shares else form
     return lambda difference: f"+{shown(difference)}" if difference > 0 else shown(difference)

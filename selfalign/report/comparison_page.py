@@ -19,11 +19,11 @@ from selfalign.report.html import (
     Column,
     bars,
     card,
-    compact,
     decimals,
     document,
     explained,
     facts,
+    form_of,
     grid,
     is_number,
     note,
@@ -184,7 +184,7 @@ def seeds_of(job: JobResult) -> str:
 def metric_columns(comparison: JobComparison) -> list[Column]:
     """Return the columns of the metrics, that of the ranking first."""
     metric = OF_MODEL.get(comparison.metric) or Column(
-        comparison.metric, "the metric of the ranking", comparison.metric, compact
+        comparison.metric, "the metric of the ranking", comparison.metric, form_of(comparison.metric)
     )
     return [metric, LAST, *(column for column in OF_MODEL.values() if column is not metric)]
 

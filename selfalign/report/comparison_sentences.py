@@ -11,16 +11,12 @@ from selfalign.core.formatting import duration, plural
 from selfalign.data.mixtures import parts_of
 from selfalign.metrics import catalog
 from selfalign.metrics.catalog import METRICS
-from selfalign.report.html import Format, compact, fold, percent, strong
+from selfalign.report.html import fold, form_of, percent, strong
 from selfalign.report.instruments import INSTRUMENTS, Standing, figures
 from selfalign.report.jobs import FEW, JobComparison, JobResult, costs, seconds_alone
-from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
-from selfalign.report.tables import ANSWERS
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
-
-FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MODELS)}
 
 LUCK = "The best of several jobs leads partly by chance; runs with other seeds show by how much."
 SOURCES = {
@@ -106,7 +102,7 @@ def best(comparison: JobComparison, compared: str = "") -> str:
     name = METRICS[metric].heading if metric in METRICS else metric
     if not ranked:
         return f"No job has the metric {strong(name)}, so no job is the best."
-    first, form = ranked[0], FORMS.get(metric, compact)
+    first, form = ranked[0], form_of(metric)
     low, high = comparison.interval(first)
     value, most = strong(form(first.last[metric])), f"{comparison.extreme} {escape(name)}"
     if len(even := comparison.even) > 1:

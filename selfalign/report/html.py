@@ -9,7 +9,7 @@ from typing import Any, Self, TypeGuard
 
 from selfalign.core.formatting import duration, plural
 from selfalign.core.records import Judgement
-from selfalign.metrics.catalog import Metric
+from selfalign.metrics.catalog import Metric, declared
 from selfalign.runs.reader import Candidate, Sample
 
 Row = Mapping[str, Any]
@@ -119,6 +119,12 @@ FORMS: Mapping[str, Format] = {
 
 CHART_FORMS: Mapping[str, Format] = {**FORMS, **dict.fromkeys(("reward", "nats", "nats/token"), compact)}
 """{unit of a metric: format of its numbers at an axis, which may span a small range}."""
+
+
+def form_of(metric: str) -> Format:
+    """Return the format of a metric's numbers, by its unit where it is declared."""
+    known = declared(metric)
+    return FORMS[known.unit] if known else compact
 
 
 def document(
