@@ -155,7 +155,8 @@ def _facts_of_pairs(run: RunRecords, label: Label, file: RecordFile) -> Iterator
         yield from chain.from_iterable(_facts_of_pairs(run, part, one) for part, one in files if one is not None)
         return
     responses = run.source(label, "responses")
-    groups = stream_candidates(run, responses) if responses and run.finished[label].inputs["stage"] == "pair" else None
+    judged = responses is not None and run.finished[label].inputs["stage"] == "pair" and run.instructions_of(responses)
+    groups = stream_candidates(run, responses) if responses and judged else None
     group = None
     for pair in file.stream():
         facts = Facts(score=_number(pair.chosen_score), length=len(pair.chosen))
