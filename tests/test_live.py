@@ -136,7 +136,12 @@ def report_of(folder: Path, **changes: Any) -> LiveReport:
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("name: x\n")
     (folder / "metrics.jsonl").write_text("")
-    described = {"name": "x", "seed": 1, "loss": {"title": "DPO", "formula": "f"}, "config": {"choices": {"loss": "DPO"}}}
+    described = {
+        "name": "x",
+        "seed": 1,
+        "loss": {"title": "DPO", "formula": "f"},
+        "config": {"choices": {"loss": "DPO"}},
+    }
     return LiveReport(folder, described, models_of, **changes)
 
 
