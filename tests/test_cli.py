@@ -1,12 +1,14 @@
 import errno
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -15,6 +17,7 @@ import warm
 from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
+from selfalign.cli.commands import COMMANDS as FAMILY
 from selfalign.cli.environment import conf_folder
 from selfalign.cli.errors import explain, report_errors
 from selfalign.cli.main import EXAMPLES
@@ -403,10 +406,51 @@ def test_interrupted_run_is_continued_by_two_at_once_one_after_the_other(tmp_pat
     assert len(list(tmp_path.glob("outputs/store/align/*/manifest.json"))) == 2
     assert len(list(tmp_path.glob("outputs/tiny-*"))) == 1
     assert "Warning" not in "".join(errors)
+    assert not re.search(r"\r|%\|", "".join(said.values())), "a log file has a progress bar"
+
+
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+"""{command: module and function} as they are installed."""
+
+
+def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    capsys.readouterr()
+    with suppress(SystemExit):
+        resolve_name(SCRIPTS[command])()
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_help_of_every_command_has_one_form_and_names_the_others(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert SCRIPTS.keys() <= FAMILY.keys()
+    text = help_of(command, monkeypatch, capsys)
+    assert text.startswith(f"{command}: {FAMILY[command]}\n\nusage: {command} ")
+    places = [text.index(f"\n{section}\n") for section in ("options:", "examples:", "other commands:")]
+    assert places == sorted(places)
+    others = text[places[-1] :].splitlines()[2:]
+    assert [line.split(maxsplit=1) for line in others] == [[k, v] for k, v in FAMILY.items() if k != command]
+    examples = text[places[-2] : places[-1]].splitlines()
+    assert [line.split()[0] for line in examples if re.match("  [^ ]", line)] == [command] * ((len(examples) - 3) // 2)
+
+
+def test_docs_list_the_family_in_its_order() -> None:
+    text = (ROOT / "docs/runs.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(selfalign[\w-]*)` \|", text, flags=re.MULTILINE) == list(FAMILY)
+
+
+def test_subcommand_is_answered_with_the_command_that_was_meant(call: Callable[..., Said]) -> None:
+    said = call("report", "--watch", "outputs/x")
+    assert (said.code, said.out) == (1, "")
+    assert said.err == "error: selfalign has no subcommands; did you mean selfalign-report --watch outputs/x?\n"
 
 
 def test_commands_are_installed_under_their_names() -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = SCRIPTS
     assert scripts["selfalign"] == "selfalign.cli.main:main"
     assert scripts["selfalign-report"] == "selfalign.cli.report:main"
     assert all(callable(resolve_name(place)) for place in scripts.values())
@@ -449,6 +493,39 @@ def test_pipe_to_another_program_is_not_taken_for_the_output(capsys: pytest.Capt
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert capsys.readouterr().err.startswith("error: Broken pipe; ")
 
+
+def test_bars_of_libraries_are_off_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """With one they are shown, but those of transformers, beside which selfalign has its own."""
+    program = """
+from selfalign.cli.environment import set_environment, set_messages
+set_environment()
+from tqdm.auto import tqdm
+import datasets
+list(tqdm(range(3), desc="plain"))
+list(datasets.utils.tqdm(range(3), desc="datasets", disable=False))
+set_messages()
+import transformers
+list(transformers.utils.logging.tqdm(range(3), desc="transformers"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in BARS}
+    environment["PYTHONPATH"] = str(ROOT)
+    asked = [sys.executable, "-c", program]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("", "")
+    screen, terminal = os.openpty()
+    subprocess.run(asked, cwd=tmp_path, env=environment, stderr=terminal, check=True, timeout=120)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # Of Linux, at the end of a terminal.
+        while part := os.read(screen, 1 << 16):
+            shown += part
+    os.close(screen)
+    assert b"plain: 100%|" in shown
+    assert b"transformers:" not in shown
+
+
+BARS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""Variables that switch off the bars of libraries."""
 
 # --- terminals that lack characters ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-from selfalign.core.formatting import age, amount, duration, plural, printable, table
+from selfalign.core.formatting import about, age, amount, duration, plural, printable, table
 
 
 def test_columns_are_aligned() -> None:
@@ -22,6 +22,13 @@ def test_numbers_as_text() -> None:
     assert [amount(n) for n in sizes] == [
         "0 B", "999 B", "1 kB", "1.23 kB", "999 kB", "1 MB", "12.3 MB", "2 TB", "500 PB",
     ]  # fmt: skip
+
+
+def test_estimated_time_is_coarse() -> None:
+    assert [about(seconds) for seconds in (0, 29, 40, 720, 3540, 3600, 5025, 7380)] == [
+        *("less than a minute", "less than a minute", "about 1 min", "about 12 min", "about 59 min"),
+        *("about 1 h", "about 1 h 25 min", "about 2 h 5 min"),
+    ]
 
 
 def test_names_that_could_fool_a_terminal_are_spelled_out() -> None:

@@ -8,8 +8,8 @@ from selfalign.core import progress
 from selfalign.core.progress import progress_bar
 
 
-def advance(*, shown: bool = True) -> None:
-    with progress_bar("M2", 40, "steps", shown=shown) as move:
+def advance(*, shown: bool = True, later_seconds: float | None = None) -> None:
+    with progress_bar("M2", 40, "steps", shown=shown, later_seconds=later_seconds) as move:
         for _ in range(40):
             move(1)
 
@@ -25,6 +25,15 @@ def test_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     written = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "\r" in written
     assert "40/40 steps" in written
+
+
+def test_bar_says_how_long_the_run_takes_if_later_stages_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    advance(later_seconds=725)
+    assert sys.stderr.getvalue().rstrip().endswith("00:00 left · run: about 12 min left")  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    advance()
+    assert "run:" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
 def test_log_file_has_no_bar(capfd: pytest.CaptureFixture[str]) -> None:

@@ -545,9 +545,12 @@ def test_comparison_lies_in_the_folder_or_where_it_is_wanted(
 
 
 def test_wrong_place_or_metric_is_one_line(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text("name: begun\n")
     for arguments, said in (
         ([tmp_path / "nowhere"], "nowhere is not a run folder, a sweep folder or a folder of runs"),
-        ([sweep.failed], "this run is not finished"),
+        ([begun], "this run is not finished, and has nothing to report"),
         ([sweep.longer, "--metric", "rewards/margins"], "--out and --metric are only for comparisons"),
         ([sweep.folder, "--metric", "margin"], "metric 'margin': no finished job has it"),
     ):

@@ -6,6 +6,7 @@ import pytest
 
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
+from selfalign.runs.planner import PlannedStage
 from selfalign.runs.runner import CacheLookup
 from selfalign.runs.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 from selfalign.store.artifacts import Artifact, Store
@@ -169,7 +170,9 @@ def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -
 def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) -> None:
     m0, m1, pairs = Label.model("M0"), Label.model("M1"), Label.iteration(1, "pairs")
     look = CacheLookup(Store(tmp_path), found={m0: "0", m1: "1"})
-    lines = plan_text([(m0, "random:tiny"), (m1, "SFT"), (pairs, "up to 2")], look).splitlines()
+    sizes = {m0: "random:tiny", m1: "SFT", pairs: "up to 2"}
+    planned = [PlannedStage(label, "stage", size, 0, runs_model=True) for label, size in sizes.items()]
+    lines = plan_text(planned, look).splitlines()
     assert [line.split()[0] for line in lines[3:6]] == ["M0", "M1", "iteration_1/pairs"]
     assert [line.endswith("done") for line in lines[3:6]] == [True, True, False]
     assert lines[5].split() == ["iteration_1/pairs", "up", "to", "2", "to", "do"]

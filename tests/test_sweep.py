@@ -507,7 +507,9 @@ def test_run_that_fails_on_other_data_shows_nothing_of_the_old(
         assert call(*told).code == 1
     (job,) = find_jobs([folder])
     assert (job.state, job.error, job.last) == ("failed", "not today", {})
-    assert not (folder / "report.html").exists()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Stopped in M2, stage " in page
+    assert "win rate" not in page.lower()
     assert tracked_id(folder) != name
     assert call(*told).code == 0
     assert find_jobs([folder])[0].last["rewards/margins"] != before.last["rewards/margins"]
@@ -737,6 +739,32 @@ def test_job_is_told_by_what_sets_it_apart() -> None:
     both = [Job(number=n, overrides=["loss=ipo", f"seed={n}"]) for n in (1, 2)]
     assert varying_overrides(both[0], both) == "seed=1"
     assert varying_overrides(both[0], both[:1]) == "loss=ipo seed=1"
+
+
+def test_time_left_of_a_sweep_is_the_median_of_its_finished_jobs_for_each_job_left() -> None:
+    def job(number: int, state: JobState, took: float | None = None, *, there: bool = False) -> Job:
+        return Job(number=number, overrides=[f"seed={number}"], state=state, seconds=took, there=there)
+
+    finished = [job(1, JobState.finished, 1800.0), job(2, JobState.finished, 600.0), job(3, JobState.finished, 660.0)]
+    others = [job(4, JobState.failed, 5.0), job(5, JobState.finished, 9000.0, there=True)]
+    left = [job(6, JobState.running), job(7, JobState.waiting), job(8, JobState.waiting), job(9, JobState.waiting)]
+    assert time_left([*finished, *others, *left], 1) == "about 44 min left, from the median of 3 finished jobs"
+    assert time_left([*finished, *others, *left], 2) == "about 22 min left, from the median of 3 finished jobs"
+    assert progress_text([*finished, *others, *left]).startswith("5 of 9 jobs ended, about 44 min left")
+    assert time_left([*others, *left], 1) == ""
+    assert time_left(finished, 1) == ""
+    assert progress_text(finished) == "3 of 3 jobs ended"
+
+
+def test_job_that_finishes_says_how_long_the_sweep_still_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = open_sweep(tmp_path, *([f"seed={number}"] for number in (1, 2, 3, 4, 5)))
+    sweep.update_job(2, ["seed=2"], state=JobState.running)
+    assert "left" not in capsys.readouterr().out
+    sweep.update_job(1, ["seed=1"], state=JobState.finished, seconds=600.0)
+    assert "sweep: about 20 min left, from the median of 1 finished job\n" in capsys.readouterr().out
+    sweep.held.close()
 
 
 def test_many_processes_may_tell_at_once(tmp_path: Path) -> None:

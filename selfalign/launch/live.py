@@ -28,7 +28,8 @@ FINISHED = "finished.json"
 class LiveReport:
     """Keeps progress.json and report.html of a run up to date. What goes wrong here is a warning and stops no run.
 
-    As a context it marks both as stopped if the block fails.
+    As a context it marks both as stopped if the block fails. A run that was finished before keeps its report until
+    something has to be made again.
 
     Attributes:
         folder: the run folder.
@@ -37,6 +38,7 @@ class LiveReport:
         progress: as it was written last.
         cost: the seconds that the last writing took.
         written: when that was; 0 before the first.
+        unfinished: whether the run has no complete report, or something of it is made again.
         broken: whether writing has failed, and is not tried again.
     """
 
@@ -46,18 +48,22 @@ class LiveReport:
     progress: Progress = field(default_factory=Progress)
     cost: float = 0.0
     written: float = 0.0
+    unfinished: bool = False
     broken: bool = False
 
     def __enter__(self) -> Self:
-        self._tell(replace(self.progress, summary={**self.described, **summarise({}, [])}))
+        self.unfinished = not (self.folder / "summary.json").exists()
+        if self.unfinished:
+            self._tell(replace(self.progress, summary={**self.described, **summarise({}, [])}))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is not None and self.unfinished:
             self._tell(replace(self.progress, error=reason(error)), stopped=True)
 
     def begin(self, ledger: Ledger, progress: Progress) -> None:
         """Note that an artifact is now being made, and write the report if enough time has passed since the last."""
+        self.unfinished = True
         (self.folder / FINISHED).unlink(missing_ok=True)
         self._tell(replace(progress, summary=self.summary(ledger, self.models(ledger.artifacts))))
 
@@ -68,6 +74,7 @@ class LiveReport:
     def finish(self) -> None:
         """Note that the run has its summary. The report that is written next is the last."""
         forget_progress(self.folder)
+        self.unfinished = False
 
     def _tell(self, progress: Progress, *, stopped: bool = False) -> None:
         self.progress = progress

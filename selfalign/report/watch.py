@@ -1,5 +1,6 @@
 """Follow a run or a sweep from another process: write its page again every few seconds, and say where it is."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,33 +33,68 @@ def watch(folder: Path, say: Callable[[str], None], metric: str = "") -> Path:
     Raises:
         SelfalignError: the folder is neither, or belongs to a run that has ended without anything to show.
     """
-    sweep, said = (folder / JOBS).is_file(), ""
+    where, write = (_where_in_sweep, _write_sweep) if (folder / JOBS).is_file() else (_where_in_run, _write_run)
+    said, cost, written = "", 0.0, -math.inf
     while True:
-        running, started = is_held(folder), time.monotonic()
+        running, started = is_held(folder), time.process_time()
         try:
-            page, text = _sweep(folder, metric, running=running) if sweep else _run(folder)
+            text = where(folder)
+            due = time.monotonic() - written >= cost / SHARE
+            if due or not running:
+                write(folder, metric, running)
+                cost, written = time.process_time() - started, time.monotonic()
         except (SelfalignError, OSError, ValueError):  # A run that is just starting makes its folder anew.
             if not running:
                 raise
-            page, text = folder / "report.html", "starting"
+            text = "starting"
         if text != said:
             say(text)
         said = text
         if not running:
-            return page
-        time.sleep(max(SECONDS, (time.monotonic() - started) / SHARE))
+            return folder / ("report.html" if write is _write_run else "comparison.html")
+        time.sleep(SECONDS)
 
 
-def _run(folder: Path) -> tuple[Path, str]:
-    """Write the report of a run. Return its path, and where the run is."""
+def _where_in_run(folder: Path) -> str:
+    """Return where a run is."""
     progress = read_progress(folder)
-    write_run(folder)
     if progress is None:
-        return folder / "report.html", "finished"
+        check_begun(folder)
+        return "finished"
     if is_running(folder, progress):
-        parts = [progress.stage, step_text(folder, progress.label), progress.left]
-        return folder / "report.html", " · ".join(filter(None, parts))
-    return folder / "report.html", f"stopped in {progress.stage}{f': {progress.error}' if progress.error else ''}"
+        return " · ".join(filter(None, [progress.stage, step_text(folder, progress.label), progress.left]))
+    return f"stopped in {progress.stage}{f': {progress.error}' if progress.error else ''}"
+
+
+def _write_run(folder: Path, metric: str, running: bool) -> None:
+    if metric:
+        raise SelfalignError(f"{folder} is a single run: --metric is only for sweeps")
+    write_run(folder)
+
+
+def _where_in_sweep(folder: Path) -> str:
+    """Return where a sweep and its running jobs are."""
+    jobs = jobs_in(folder)
+    now = [job for job in jobs if job.state is JobState.running and job.folder]
+    found = [(job.number, read_progress(folder / (job.folder or ""))) for job in now]
+    stages = [f"job {number}: {progress.stage}" for number, progress in found if progress]
+    return " · ".join([progress_text(jobs), *stages])
+
+
+def _write_sweep(folder: Path, metric: str, running: bool) -> None:
+    compare_jobs(find_jobs([folder]), folder, metric, running=running)
+
+
+def check_begun(folder: Path) -> None:
+    """Check that a folder has the summary of a run, or that so far.
+
+    Raises:
+        SelfalignError: the folder is no run's, or the run has nothing to show.
+    """
+    if not (folder / "summary.json").is_file() and read_progress(folder) is None:
+        is_known = (folder / "config.yaml").is_file() or (folder / LOCK).is_file()
+        what = "this run is not finished, and has nothing to report" if is_known else "not a run folder"
+        raise SelfalignError(f"{folder}: {what}")
 
 
 def write_run(folder: Path) -> None:
@@ -67,10 +103,7 @@ def write_run(folder: Path) -> None:
     Raises:
         SelfalignError: the folder is no run's, the run has nothing to show, or an artifact is missing.
     """
-    if not (folder / "summary.json").is_file() and read_progress(folder) is None:
-        is_known = (folder / "config.yaml").is_file() or (folder / LOCK).is_file()
-        what = "this run is not finished, and has nothing to report" if is_known else "not a run folder"
-        raise SelfalignError(f"{folder}: {what}")
+    check_begun(folder)
     check_artifacts(folder, Finished.load(folder).stages)
     write_report(folder)
 
@@ -84,13 +117,3 @@ def step_text(folder: Path, label: str) -> str:
     named = {"loss": catalog.LOSS, "loss per token": catalog.LOSS_PER_TOKEN, "margin": catalog.REWARDS_MARGINS}
     values = [f"{name} {compact(row[metric.name])}" for name, metric in named.items() if metric.name in row]
     return ", ".join([f"step {step}", *values])
-
-
-def _sweep(folder: Path, metric: str, *, running: bool) -> tuple[Path, str]:
-    """Write the comparison of a sweep. Return its path, and where the sweep is."""
-    jobs = jobs_in(folder)
-    page = compare_jobs(find_jobs([folder]), folder, metric, running=running)
-    now = [job for job in jobs if job.state is JobState.running and job.folder]
-    found = [(job.number, read_progress(folder / (job.folder or ""))) for job in now]
-    stages = [f"job {number}: {progress.stage}" for number, progress in found if progress]
-    return page, " · ".join([progress_text(jobs), *stages])

@@ -10,6 +10,7 @@ from typing import Any
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, write_atomically
 from selfalign.runs.labels import Label
+from selfalign.runs.progress import PROGRESS
 from selfalign.runs.tracker import forget_tracked
 from selfalign.store.key import to_key_json
 
@@ -53,7 +54,7 @@ def open_folder(folder: Path, config_yaml: str, keys: Mapping[Label, str] | None
     links = {label.link_in(folder): key for label, key in (keys or {}).items()}
     if any(link.is_symlink() and link.readlink().name != key for link, key in links.items()):
         shutil.rmtree(folder / "artifacts")
-        for page in ("summary.json", "report.html", "model_card.md"):
+        for page in ("summary.json", "report.html", "model_card.md", PROGRESS):
             (folder / page).unlink(missing_ok=True)
         forget_tracked(folder)
     write_atomically(folder / "config.yaml", [config_yaml.encode()])

@@ -43,16 +43,16 @@ def time_left(
         planned: all stages of the run, in order.
         made: the artifacts so far.
     """
-    seconds, sources = 0.0, dict[str, None]()
+    seconds, used = 0.0, set[Label]()
     for stage in stages:
         before = [one for one in planned if one.label in made and recurs(one, stage)]
         if before:
             last = before[-1]
             seconds += made[last.label].seconds * ratio(stage.records, last.records)
-            sources[owner(last.label)] = None
+            used.add(last.label)
         elif stage.runs_model:
             return None
-    return TimeLeft(seconds, tuple(sources))
+    return TimeLeft(seconds, tuple(dict.fromkeys(owner(one.label) for one in planned if one.label in used)))
 
 
 def recurs(one: PlannedStage, other: PlannedStage) -> bool:
