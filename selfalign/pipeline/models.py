@@ -91,9 +91,7 @@ def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
         "comparator": _fixed_judge(
             config, run, Label.input("comparator"), config.evaluate.head_to_head, "evaluate.head_to_head"
         ),
-        "pair_judge": _fixed_judge(
-            config, run, Label.input("preferences", "judge"), test.judge, PAIR_JUDGE
-        ),
+        "pair_judge": _fixed_judge(config, run, Label.input("preferences", "judge"), test.judge, PAIR_JUDGE),
         "benchmark_judges": {
             name: _outside(config, run, Label.input("judges", name), path, f"benchmark.{name}.judge")
             for name, path in loaded.items()

@@ -143,8 +143,12 @@ def _rule(run: Finished) -> str:
     pair, rule = run.config["pair"], run.config.get("choices", {}).get("pair", "BestWorst")
     if "threshold" in pair:
         if pair["threshold"] is None:
-            return "responses above the mean of their instruction were labelled desirable, and those below it undesirable"
-        return f"responses with a score of {pair['threshold']:g} or more were labelled desirable, all others undesirable"
+            return (
+                "responses above the mean of their instruction were labelled desirable, and those below it undesirable"
+            )
+        return (
+            f"responses with a score of {pair['threshold']:g} or more were labelled desirable, all others undesirable"
+        )
     if "minimum_score" in pair:
         return f"responses with a score of {pair['minimum_score']:g} or more were kept"
     if "chosen_from" in pair:
