@@ -72,6 +72,21 @@ OUT_OF_REACH = {
         "+pair@at.2.pair=best_vs_k at.2.pair.k=4",
         "at.2: data.respond.candidates=4, but pair.k=4 needs 5 responses to an instruction: raise it to 5 or more",
     ),
+    "a later judge that checks what written instructions do not say": (
+        "+judge@at.2.judge=verifier",
+        "at.2: the judge Verifier checks what an instruction says is right, and written ones say nothing: set "
+        "data=verifiable, or data.instruct.source to instructions that do",
+    ),
+    "a later member of a panel that does": (
+        "+judge@at.2.judge=panel +judge@at.2.judge.members.a=expected_score +judge@at.2.judge.members.b=verifier",
+        "at.2: the judge Panel checks what an instruction says is right, and written ones say nothing: set "
+        "data=verifiable, or data.instruct.source to instructions that do",
+    ),
+    "labels beside pairs of earlier iterations": (
+        "data.accumulate_pairs=true loss=kto +pair@at.2.pair=labels",
+        "data.accumulate_pairs=true trains on what all iterations made, but pair makes pairs and at.2.pair labelled: "
+        "set data.accumulate_pairs=false, or choose rules that make the same",
+    ),
     "a consistency that the loss cannot use": (
         "pair.consistency=each loss=ipo",
         "pair.consistency=each gives pairs a label smoothing, which IPO has no use for: choose loss=dpo or loss=sr_dpo",

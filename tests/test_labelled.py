@@ -93,6 +93,23 @@ def test_response_that_does_not_fit_is_dropped_and_stands_beside_none(tiny_token
         encoded(tiny_tokenizer, [long], 40)
 
 
+def test_prompt_whose_beginning_is_cut_for_one_response_is_no_other_prompt(tiny_tokenizer: Any) -> None:
+    """z₀ would be estimated from responses that answer the prompt they stand behind."""
+    long = "Name a bird that lives near water, sings at night in spring, and is rarely seen. " * 3
+    records = [
+        record("a1", long, "A wren."),
+        record("a2", long, "No, it is a stone that lies in the water and sings."),
+        record("b1", "Why?", "Because."),
+    ]
+    whole = encoded(tiny_tokenizer, records)[0][0].plain
+    examples, tally = encoded(tiny_tokenizer, records, len(whole.prompt))
+    assert examples[0].plain.prompt != examples[1].plain.prompt
+    assert tally["cut"] == 2
+    assert [said(tiny_tokenizer, example)[1] for example in examples] == ["Because.", "Because.", "A wren."]
+    with pytest.raises(SelfalignError, match="all 2 labelled responses have the same prompt"):
+        encoded(tiny_tokenizer, records[:2], len(whole.prompt))
+
+
 def test_responses_to_one_prompt_alone_are_refused(tiny_tokenizer: Any) -> None:
     with pytest.raises(SelfalignError, match="all 3 labelled responses have the same prompt"):
         encoded(tiny_tokenizer, RECORDS[:3])

@@ -28,6 +28,7 @@ from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_mo
 from selfalign.report.html import decimals, percent, telling_apart
 from selfalign.report.instruments import verdict
 from selfalign.report.sentences import warnings, what_was_run
+from selfalign.report.truth import truth_section
 from selfalign.runs.reader import Candidate, Finished, best_first, read_samples, with_winner
 
 HOSTILE = "</p><script>alert('x')</script><img src=http://evil.example/x.png> & \"quoted\""
@@ -601,11 +602,72 @@ def test_instruments_have_a_table_with_a_row_for_each_and_the_models_it_served(t
 def test_model_that_judged_its_own_training_data_blindly_is_a_warning(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
     run.models[0] |= instrument("judge", passed=False)
+    run.evaluation("M1", [3])
+    run.iteration(1)
     run.model("M2", "align", pairs=1, **instrument("judge", passed=False))
     said = plain(warnings(Finished.load(run.finish())))
     assert "a model that judged its own training data is blind" in said
     assert "M1: it is right on 52 %" in said
     assert "M2" not in said
+
+
+SERVED = {"model": "self", "endpoint": {"base_url": "http://h/v1", "model": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("run_judge", "of_iteration", "warned"),
+    [
+        ({"model": "self"}, {"model": "self"}, True),
+        ({"model": "self"}, {"model": "self", "max_score": 9}, False),  # At.1 has another rubric than is measured.
+        ({"model": "self"}, None, False),  # The pairs needed no scores.
+        ({"model": "sft"}, {"model": "sft"}, False),
+        (SERVED, SERVED, False),
+        *(
+            (panel, panel, warned)
+            for panel, warned in (
+                ({"members": {"a": {"model": "self"}, "b": {"model": "a/model"}}}, True),
+                ({"members": {"a": {"model": "self"}, "b": {"model": "sft"}}}, False),
+                ({"members": {"a": {"class": "Verifier"}, "b": {"model": "a/model"}}}, False),
+            )
+        ),
+    ],
+)
+def test_model_is_blind_to_its_training_data_only_where_it_judged_them_as_it_was_measured(
+    tmp_path: Path, run_judge: dict[str, Any], of_iteration: dict[str, Any] | None, *, warned: bool
+) -> None:
+    run = begin(tmp_path / "run", judge=run_judge)
+    run.models[0] |= instrument("judge", passed=False)
+    run.evaluation("M1", [3])
+    run.config["judge"] = of_iteration
+    if of_iteration is not None:
+        run.iteration(1)
+    run.model("M2", "align", pairs=1)
+    run.config["judge"] = run_judge
+    assert ("blind" in warnings(Finished.load(run.finish()))) == warned
+
+
+@pytest.mark.parametrize(
+    ("judge", "drawn"),
+    [
+        ({"class": "ExpectedScore", "min_score": 0, "max_score": 5}, True),
+        ({"class": "RubricScore"}, True),
+        ({"class": "Verifier"}, True),
+        ({"class": "RewardModel"}, False),
+        ({"class": "FunctionScore"}, False),
+        ({"class": "Panel", "members": dict.fromkeys("ab", {"min_score": 0, "max_score": 5})}, True),
+    ],
+    ids=lambda value: value["class"] if isinstance(value, dict) else str(value),
+)
+def test_score_is_drawn_as_a_share_of_the_scale_only_where_there_is_one(
+    tmp_path: Path, judge: dict[str, Any], *, drawn: bool
+) -> None:
+    """A reward of 0.5 is half of nothing."""
+    run = begin(tmp_path / "run", judge=judge)
+    run.models[0] |= {"eval/true_rate": 0.25, "eval/mean_score": 0.5}
+    run.evaluation("M1", [3])
+    page = truth_section(Finished.load(run.finish()))
+    [names] = re.findall(r"<b>Truth and judge&#x27;s score</b>(.*?)evaluation answers", page)
+    assert (">judge</i>" in names, ">truth</i>" in names) == (drawn, True)
 
 
 def test_rewards_on_held_out_pairs_and_drift_have_their_tables(tmp_path: Path) -> None:
@@ -698,12 +760,36 @@ def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any]
         ({}, "RandomPair", "two random candidates were paired, and the one with the higher score was chosen"),
         ({}, "AllOrdered", "every two candidates of different scores were paired"),
         ({"k": 3}, "BestVsK", "the best candidate was paired with each of the k worst (k = 3)"),
+        (
+            {"threshold": 3.0},
+            "Labels",
+            "responses with a score of 3 or more were labelled desirable, all others undesirable",
+        ),
+        (
+            {"threshold": None},
+            "Labels",
+            "responses above the mean of their instruction were labelled desirable, and those below it undesirable",
+        ),
     ],
 )
 def test_paragraph_says_which_responses_were_paired(tmp_path: Path, pair: dict[str, Any], kind: str, said: str) -> None:
     run = begin(tmp_path / "run", pair=pair, choices={"pair": kind})
     run.stage("iteration_1/pairs", "pair", {})
     assert f"{said}. " in re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
+
+
+@pytest.mark.parametrize(("first", "second"), [("align", "sft"), ("sft", "align"), ("sft", "sft")])
+def test_paragraph_says_of_each_loss_which_models_it_made(tmp_path: Path, first: str, second: str) -> None:
+    run = begin(tmp_path / "run", at={"2": {"loss": {"beta": 0.3}}})
+    run.model("M2", first)
+    run.model("M3", second)
+    summary = read_json(run.finish() / "summary.json")
+    write_json(run.folder / "summary.json", {**summary, "later_losses": {"2": {"title": "IPO", "formula": ""}}})
+    said = re.sub(r"<.*?>", "", what_was_run(Finished.load(run.folder)))
+    aligned = {"M2": "Sr-DPO (β = 0.1, λ = 0.5; reference: the previous model)", "M3": "IPO (β = 0.3; reference"}
+    for model, stage in (("M2", first), ("M3", second)):
+        tuned = f"Fine-tuning on the good responses only (positives) made {model}."
+        assert (tuned in said, aligned[model] in said) == (stage == "sft", stage == "align")
 
 
 # --- what the numbers come from ----------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def disagreements(of_judges: Mapping[str, Scores]) -> Iterator[bool]:
 def scale_of(judge: Any) -> str:
     """Return the scale of a judge in words."""
     low, high = getattr(judge, "min_score", None), getattr(judge, "max_score", None)
-    return "without a scale" if low is None or high is None else f"from {low} to {high}"
+    return f"without a scale ({type(judge).__name__})" if low is None or high is None else f"from {low} to {high}"
 
 
 def judges_in(key: str, judge: Any) -> dict[str, Any]:

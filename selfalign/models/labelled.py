@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import LabelledResponse
+from selfalign.core.records import LabelledResponse, Prompt
 from selfalign.data.thinking import ask_to_think
 from selfalign.models.batches import PairExample, SharedPrompt, encode_group, shorten_group
 from selfalign.models.tokenizer import Answer, settle_boundary, text_faults, under_system, warn_of_faults
@@ -20,8 +20,19 @@ from selfalign.models.tokenizer import Answer, settle_boundary, text_faults, und
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Labelled = tuple[SharedPrompt, bool]
-"""A labelled response behind its prompt, and whether it is desirable."""
+
+class Labelled(NamedTuple):
+    """A labelled response behind its prompt, of which the beginning may be cut off.
+
+    Attributes:
+        asked: the whole prompt, by which responses to another one are known.
+        group: the tokens.
+        desirable: whether it is desirable.
+    """
+
+    asked: Prompt
+    group: SharedPrompt
+    desirable: bool
 
 
 def encode_labelled(
@@ -50,7 +61,7 @@ def encode_labelled(
         SelfalignError: no response fits, or all have the same prompt.
     """
     encoded = _encode(tokenizer, records, limit, tally, mask_thought)
-    runs = (list(run) for _, run in groupby(encoded, key=lambda one: one[0].prompt))
+    runs = (list(run) for _, run in groupby(encoded, key=lambda one: one.asked))
     first = next(runs, [])
     before, second = first, None
     for run in runs:
@@ -67,7 +78,7 @@ def encode_labelled(
             f"all {len(first)} labelled responses have the same prompt, but KTO takes responses to other prompts too: "
             "raise data.instruct.count, or give pairs of several prompts"
         )
-    yield from _beside(before, second if before[0][0].prompt == first[0][0].prompt else first, limit)
+    yield from _beside(before, second if before[0].asked == first[0].asked else first, limit)
 
 
 def _encode(
@@ -83,13 +94,13 @@ def _encode(
             continue
         tally.update({"labelled": 1, "desirable": int(record.desirable), "cut": int(group is not whole)})
         tally.update(text_faults(tokenizer, prompt, answers))
-        yield group, record.desirable
+        yield Labelled(asked, group, record.desirable)
 
 
 def _beside(run: Sequence[Labelled], others: Sequence[Labelled], limit: int) -> Iterator[PairExample]:
     """Yield the responses to a prompt, each beside one to another prompt, which is cut to fit."""
-    for place, (group, desirable) in enumerate(run):
-        other, _ = others[place % len(others)]
+    for place, (_, group, desirable) in enumerate(run):
+        other = others[place % len(others)].group
         ids = other.responses[0][: limit - len(group.prompt)]
         passed = other.unscored[0] if other.unscored else []
         spans = [[start, min(end, len(ids))] for start, end in passed if start < len(ids)]

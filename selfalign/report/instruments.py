@@ -17,9 +17,13 @@ from selfalign.metrics.instruments import HEAD_TO_HEAD, JUDGE, SCORES
 from selfalign.metrics.power import TEST, what_can_be_seen
 from selfalign.metrics.summaries import outcomes_by_score
 from selfalign.report.html import Column, decimals, explained, is_number, note, percent
+from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.reader import Finished, read_responses
 
 Row = Mapping[str, Any]
+
+OTHER_OWN = {"sft", "base", "previous"}
+"""Names of a run's own models as judges, but for the model that is judged."""
 
 EXACT = ("Verifier",)
 """Judges that check what is right, by their class: there is nothing to measure."""
@@ -200,12 +204,20 @@ def figures(row: Row, name: str) -> str:
 
 def blind_judges(run: Finished) -> list[str]:
     """Return the models that judged their own training data and did not pass, with their figures."""
-    data, judge = run.config.get("data", {}), run.config.get("judge", {})
-    if "evaluated" in run.summary or "path" in data or judge.get("model") != "self":
-        return []
     passed = catalog.INSTRUMENT_PASSED.of(instrument=JUDGE).name
-    judging = [row for row in run.models[:-1] if row["model"] != "SFT"]
-    return [f"{row['model']}: {figures(row, JUDGE)}" for row in judging if row.get(passed) == 0]
+    blind = [row for row in run.models[:-1] if row.get(passed) == 0 and _judged_itself(run, row)]
+    return [f"{row['model']}: {figures(row, JUDGE)}" for row in blind]
+
+
+def _judged_itself(run: Finished, row: Row) -> bool:
+    """Whether a model judged its own responses, and as it was measured: `at` may have put another judge there."""
+    if "evaluated" in run.summary or row["model"] == BASELINE:
+        return False
+    judge = run.inputs(Label.iteration(row["iteration"] + 1, "judgements")).get("judge", {})
+    measured = run.inputs(Label.evaluation(row["model"], "ranked_scores")).get("judge")
+    several = [*judge.get("members", {"": judge}).values()]
+    models = {one.get("model") for one in several if not one.get("endpoint", {}).get("base_url")}
+    return judge == measured and "self" in models and models.isdisjoint(OTHER_OWN)
 
 
 def instruments_table(run: Finished) -> str:

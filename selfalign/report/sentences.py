@@ -156,8 +156,13 @@ def _rule(run: Finished) -> str:
     """Return how pairs or positives were made."""
     pair, rule = run.config["pair"], run.config.get("choices", {}).get("pair", "BestWorst")
     if "threshold" in pair:
-        at = "the mean of its instruction" if pair["threshold"] is None else f"{pair['threshold']:g}"
-        return f"responses above {at} were labelled desirable, and those below it undesirable"
+        if pair["threshold"] is None:
+            return (
+                "responses above the mean of their instruction were labelled desirable, and those below it undesirable"
+            )
+        return (
+            f"responses with a score of {pair['threshold']:g} or more were labelled desirable, all others undesirable"
+        )
     if "minimum_score" in pair:
         return f"responses with a score of {pair['minimum_score']:g} or more were kept"
     if "chosen_from" in pair:
@@ -204,20 +209,18 @@ def _changes(run: Finished) -> list[str]:
 
 def _loss_sentence(run: Finished) -> str:
     labels = [Label.model(row["model"]) for row in run.models if row["iteration"]]
-    if not labels:
-        return ""
-    if run.stages[labels[0]] == "sft":
-        models = strong(", ".join(map(str, labels)))
-        return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
-    starts = [*run.losses, math.inf]
-    return " ".join(
-        _made_by(run, start, [label for label in labels if start <= label.iteration_number < end])
-        for start, end in pairwise(starts)
-    )
+    eras = [
+        (start, [label for label in labels if start <= label.iteration_number < end])
+        for start, end in pairwise([*run.losses, math.inf])
+    ]
+    return " ".join(_made_by(run, start, made) for start, made in eras if made)
 
 
 def _made_by(run: Finished, start: int, labels: Sequence[Label]) -> str:
-    """Return which models the loss made that aligned from an iteration on."""
+    """Return which models the loss made that holds from an iteration on."""
+    if run.stages[labels[0]] == "sft":
+        models = strong(", ".join(map(str, labels)))
+        return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
     loss = run.config["loss"] if start == 1 else run.config["at"][str(start)]["loss"]
     signs = {"beta": "β", "lam": "λ", "desirable_weight": "λ_D", "undesirable_weight": "λ_U"}
     settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in signs.items() if key in loss]

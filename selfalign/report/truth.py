@@ -1,5 +1,6 @@
 """The report's section on the truth beside the judge, for runs whose instructions say what is right."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,10 @@ ITERATIONS = (
     ),
     Column.of(catalog.MEAN_SCORE_MARGIN, "pairs"),
 )
+
+
+SHARES = ("Verifier", "RubricScore")
+"""Judges whose scores are shares, by their class."""
 
 
 def truth_section(run: Finished) -> str:
@@ -106,11 +111,21 @@ def _of_candidates(run: Finished, part: str, metric: Metric) -> Series:
 
 def _scores(run: Finished) -> Series:
     """Return the mean score of each model's answers as a share of the judge's scale, if it has one."""
-    scale = run.config["judge"]
-    low, high = scale.get("min_score", 0), scale.get("max_score", 1)
-    name = catalog.EVAL_MEAN_SCORE.name
-    shares: list[tuple[int, dict[str, Any]]] = [
+    name, scale = catalog.EVAL_MEAN_SCORE.name, _scale_of(run.judging)
+    if scale is None:
+        return series_of([], name, "judge")
+    low, high = scale
+    shares = [
         (x, {name: (row[name] - low) / (high - low)}) for x, row in enumerate(run.models) if is_number(row.get(name))
     ]
-    on_scale = all(0 <= row[name] <= 1 for _, row in shares)
-    return series_of(shares if on_scale else [], name, "judge")
+    return series_of(shares, name, "judge")
+
+
+def _scale_of(judge: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the ends of a judge's scale, or of that of all judges of a panel; None where there is none."""
+    if "members" in judge:
+        scales = {_scale_of(member) for member in judge["members"].values()}
+        return scales.pop() if len(scales) == 1 else None
+    if judge.get("class") in SHARES:
+        return 0, 1
+    return (judge["min_score"], judge["max_score"]) if "min_score" in judge else None

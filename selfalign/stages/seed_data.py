@@ -91,7 +91,9 @@ class SeedDataConfig:
         self.demonstrations = data_source(self.demonstrations, "data.seed_data.demonstrations")
         self.ranked = data_source(self.ranked, "data.seed_data.ranked")
         if not 0 < self.held_out_share < 1:
-            raise SelfalignError(f"data.seed_data.held_out_share must lie between 0 and 1, got {self.held_out_share}")
+            raise SelfalignError(
+                f"data.seed_data.held_out_share must be above 0 and below 1, got {self.held_out_share}"
+            )
         for name in ("max_demonstrations", "max_ranked"):
             if getattr(self, name) < 0:
                 raise SelfalignError(f"data.seed_data.{name} must be 0 or more, got {getattr(self, name)}")

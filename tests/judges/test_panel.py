@@ -15,6 +15,7 @@ from selfalign.judges.implicit import ImplicitReward
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.panel import Panel, disagreements
 from selfalign.judges.protocol import only_compares
+from selfalign.judges.reward_model import RewardModel
 from selfalign.store.artifacts import Artifact
 
 RUBRIC = "{instruction} {response} Score:"
@@ -122,6 +123,10 @@ def test_votes_and_comparisons_score_no_single_answer() -> None:
         (
             lambda: Panel(members={"a": ONE, "b": ImplicitReward()}, combine="mean"),
             "judge.combine=mean needs judges on one scale, but they score from 0 to 5 and without a scale",
+        ),
+        (
+            lambda: Panel(members={"a": RewardModel(model="a/reward"), "b": ImplicitReward()}, combine="mean"),
+            r"but they score without a scale \(ImplicitReward\) and without a scale \(RewardModel\): set judge.combine",
         ),
         (lambda: panel(combine="median"), "judge.combine must be mean or votes, got 'median'"),
         (lambda: panel(weights={"a": 0.0}), "judge.weights.a must be above 0 and finite, got 0"),

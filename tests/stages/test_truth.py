@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +27,14 @@ from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_scores
 from selfalign.core.records import Instruction, PreferencePair
 from selfalign.metrics.truth import judged_truth, true_gaps, true_rates
+from selfalign.pipeline.loop import run_pipeline
 from selfalign.report.instruction_values import instruction_values
+from selfalign.runs.labels import Label
+from selfalign.runs.planner import Planner
 from selfalign.runs.reader import Finished
 from selfalign.stages.truth import truth, truth_of_candidates
 from selfalign.store.artifacts import Artifact
+from selfalign.store.stage import StageFunction
 
 SUMS = {"a": 1, "b": 2, "c": 3, "d": 4}
 TRUTH = ["evaluate.truth=true", "evaluate.instructions=shipped:verifiable_test", "data=verifiable"]
@@ -139,6 +144,38 @@ def test_truth_is_measured_with_the_verifier_or_where_it_is_asked_for() -> None:
     assert [one for one in planned(composed("experiment=smoke", *TRUTH[1:], "judge=verifier")[0]) if "truth" in one][
         :3
     ] == places
+
+
+@dataclass
+class Recording(Planner):
+    """A plan that keeps the inputs of its stages."""
+
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
+        self.inputs[str(label)] = inputs
+        return Planner.make(self, label, stage, **inputs)
+
+
+def test_pairs_are_checked_in_the_iterations_that_make_some() -> None:
+    told = ["experiment=smoke", *TRUTH, "iterations=3", "loss=kto"]
+    for rules, expected in (
+        (("pair=labels", "+pair@at.2.pair=best_worst"), [False, True, True]),
+        (("pair=best_worst", "+pair@at.3.pair=labels"), [True, True, False]),
+    ):
+        run_pipeline(composed(*told, *rules)[0], recording := Recording())
+        checked = [recording.inputs[f"iteration_{n}/truth"]["pairs"] is not None for n in (1, 2, 3)]
+        assert checked == expected
+
+
+def test_later_verifier_needs_given_instructions_that_say_what_is_right() -> None:
+    told = ["experiment=smoke", "data=verifiable", "data.seed_data.eft_source=none", "judge=function"]
+    told += ["judge.function=mine.py:score", "evaluate.instructions=shipped:evaluation"]
+    for judge, checked in (("verifier", True), ("expected_score", False)):
+        config = composed(*told, f"+judge@at.2.judge={judge}")[0]
+        run_pipeline(config, recording := Recording())
+        assert recording.inputs["instructions"].get("verifiable", False) == checked
+        assert "verifiable" not in recording.inputs["questions"]
 
 
 def test_truth_without_instructions_is_refused() -> None:
