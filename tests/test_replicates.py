@@ -149,7 +149,8 @@ def test_rounding_is_no_variance(value: float) -> None:
     found.append(mean_of_estimates([Estimate(value, math.nan, math.nan)] * 3))
     for mean in found:
         assert (mean.value, mean.variance) == (value, 0.0)
-        assert math.isnan(mean.interval().low) and math.isnan(mean.p_value())
+        assert math.isnan(mean.interval().low)
+        assert math.isnan(mean.p_value())
 
 
 def test_instruction_on_which_seeds_cancel_out_is_a_tie() -> None:
