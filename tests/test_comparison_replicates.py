@@ -163,8 +163,7 @@ def test_interval_ends_where_the_unit_of_a_metric_ends_under_any_of_its_names(tm
     half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     ends = [group.last[f"eval/true_gain{end}"] for end in ("", "_low", "_high")]
     assert ends == pytest.approx([-0.1, -0.1 - half, -0.1 + half])  # A difference of shares may be below 0.
-    assert group.last["calibration/score_of_rank/1_low"] < 0
-    assert group.last["calibration/score_of_rank/1_high"] > 8
+    assert group.last["calibration/score_of_rank/1_low"] < 0  # A score has no bounds that are known here.
 
 
 def test_one_seed_and_repeated_jobs_stay_what_they_are(swept: list[JobResult], tmp_path: Path) -> None:

@@ -654,7 +654,7 @@ def test_model_is_blind_to_its_training_data_only_where_it_judged_them_as_it_was
         ({"class": "Verifier"}, True),
         ({"class": "RewardModel"}, False),
         ({"class": "FunctionScore"}, False),
-        ({"class": "Panel", "members": dict.fromkeys("ab", {"min_score": 0, "max_score": 5})}, True),
+        ({"class": "Panel", "members": {name: {"min_score": 0, "max_score": 5} for name in "ab"}}, True),
     ],
     ids=lambda value: value["class"] if isinstance(value, dict) else str(value),
 )
