@@ -137,10 +137,10 @@ def page(request: pytest.FixtureRequest, served: tuple[str, Path], tmp_path: Pat
         shown.on("pageerror", lambda error: errors.append(str(error)))
         shown.on("request", lambda sent: hosts.add(urlsplit(sent.url).netloc))
         shown.goto(served[0])
-        shown.wait_for_selector(".row")
+        shown.wait_for_selector(".sa .row")
         yield shown
         assert shown.evaluate("window.hit") is None, "a record was executed"
-        assert not shown.locator(".sa :is(script, img, svg, a, strong, b, textarea, style)").count()
+        assert not shown.locator(".sa :is(script, img, [onload], [onerror], a, strong, b, textarea, style)").count()
         assert shown.evaluate("document.documentElement.scrollWidth") <= request.param
         assert hosts - {""} == {urlsplit(served[0]).netloc}
         assert errors == []
@@ -153,15 +153,15 @@ def tab(page: Any, name: str) -> None:
 
 @pytest.mark.nightly
 def test_records_are_listed_searched_and_opened_with_their_lineage(page: Any) -> None:
-    assert page.locator(".row").count() == 20
+    assert page.locator(".sa .row").count() == 20
     assert "30 of 30 records, page 1 of 2" in page.inner_text("body")
     page.get_by_role("button", name="Next").first.click()
-    page.wait_for_function("document.querySelectorAll('.row').length === 10")
+    page.wait_for_function("document.querySelectorAll('.sa .row').length === 10")
     page.get_by_label("Search", exact=True).fill("I07")
     page.get_by_role("button", name="Search").click()
-    page.wait_for_function("document.querySelectorAll('.row').length === 1")
-    assert HOSTILE[:60] in page.locator(".row").inner_text()
-    page.locator(".row").click()
+    page.wait_for_function("document.querySelectorAll('.sa .row').length === 1")
+    assert HOSTILE[:60] in page.locator(".sa .row").inner_text()
+    page.locator(".sa .row").click()
     page.wait_for_selector("#sa-record section")
     shown = page.locator("#sa-record").inner_text()
     assert [title in shown for title in ("Instruction", "Candidates · iteration_1/responses", "Pair · ")] == [True] * 3
