@@ -80,6 +80,20 @@ def records_artifact(folder: Path, **files: Sequence[HasId]) -> Artifact:
     return artifact(folder)
 
 
+def linked_artifact(
+    folder: Path, label: str, stage: str, inputs: dict[str, Any] | None = None, **files: Sequence[HasId]
+) -> dict[str, str]:
+    """Put a finished artifact into the store beside a run folder and link it there; return it as an input of others."""
+    place = folder.parent / "store" / stage / label.replace("/", "-")
+    made = records_artifact(place, **files)
+    manifest = {"stage": stage, "format": 0, "digest": made.digest, "inputs": inputs or {}, "counts": {}}
+    write_json(place / "manifest.json", manifest)
+    link = folder / "artifacts" / label
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(place)
+    return {"artifact": stage, "digest": made.digest}
+
+
 def policy_artifact(files: PolicyCheckpoint) -> Artifact:
     """A policy's folder as a finished artifact."""
     return Artifact(stage="load_model", key="tiny", path=files.path, digest=files.digest, counts={}, seconds=0.0)

@@ -17,6 +17,7 @@ from selfalign.cli.environment import conf_folder
 from selfalign.cli.main import told
 from selfalign.cli.report import main as report_main
 from selfalign.cli.store import main as store_main
+from selfalign.cli.ui import main as ui_main
 from selfalign.config.hydra import compose_experiment, register, to_experiment
 from selfalign.metrics.catalog import METRICS
 
@@ -24,7 +25,7 @@ README = ROOT / "README.md"
 EXAMPLES = ROOT / "docs/examples"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", ROOT / "conf/README.md", *DOCS]
-COMMANDS = {"selfalign-report": report_main, "selfalign-store": store_main}
+COMMANDS = {"selfalign-report": report_main, "selfalign-store": store_main, "selfalign-ui": ui_main}
 LINES, WORDS = 120, 900
 """The most that the README may have."""
 

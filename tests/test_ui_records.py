@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, response, run, write_tiny_data
+from builders import TINY_RUN, instruction, judgement, linked_artifact, response, run, write_tiny_data
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import write_records
@@ -30,7 +30,7 @@ from selfalign.ui.candidates import judges_disagree, orders_disagree, rule_of, s
 from selfalign.ui.compare import Side, answer_labels, compare
 from selfalign.ui.lineage import lineage_of
 from selfalign.ui.record_file import RecordFile, texts_of
-from selfalign.ui.render import comparisons_html, list_html, record_html
+from selfalign.ui.render import candidates_html, comparisons_html, list_html, record_html
 from selfalign.ui.run_records import RunRecords, open_runs
 from selfalign.ui.search import JUDGES, ORDERS, Query, Searcher
 
@@ -146,9 +146,12 @@ def test_rule_of_the_users_own_is_not_guessed() -> None:
     assert rule_of({"class": "BestWorst", "of_another_version": 1}) is None
 
 
-def compared(forward: Verdict | None, backward: Verdict | None) -> Comparison:
+def compared(
+    forward: Verdict | None, backward: Verdict | None, owner: str = "i", first: int = 1, second: int = 2
+) -> Comparison:
     status = JudgementStatus.OK if forward and backward else JudgementStatus.AMBIGUOUS
-    names = {"id": "c", "instruction_id": "i", "first_id": "i-1", "second_id": "i-2"}
+    names = {"id": f"{owner}{first}{second}", "instruction_id": owner}
+    names |= {"first_id": f"{owner}-{first}", "second_id": f"{owner}-{second}"}
     return Comparison(**names, forward=forward, backward=backward, status=status, outcome=None, texts=[], model="m")
 
 
@@ -219,7 +222,47 @@ def test_reasons_and_disagreement_are_filters(searcher: Searcher) -> None:
     disputed = {one.id for one in found(searcher, file="responses.jsonl", artifact=str(label), disagreement=JUDGES)}
     assert disputed == {name for group in groups for name in group.disputed_by_judges()} != set()
     by_order = found(searcher, file="comparisons.jsonl", disagreement=ORDERS)
-    assert by_order == [one for one in found(searcher, file="comparisons.jsonl") if orders_disagree(one)] != []
+    assert by_order == [one for one in found(searcher, file="comparisons.jsonl") if orders_disagree(one)]
+
+
+def test_filter_by_orders_finds_comparisons_responses_and_pairs(tmp_path: Path) -> None:
+    folder, names = tmp_path / "run", ("a", "b")
+    asked = linked_artifact(folder, "iteration_1/instructions", "instruct", instructions=[*map(instruction, names)])
+    answers = [response(f"{name}-{n}") for name in names for n in (1, 2, 3)]
+    wrote = linked_artifact(folder, "iteration_1/responses", "respond", {"instructions": asked}, responses=answers)
+    judged = {
+        "judgements": [judgement(one.id, float(one.id[-1])) for one in answers],
+        "comparisons": [
+            compared(Verdict.A, Verdict.B, "a", 1, 2),
+            compared(Verdict.A, Verdict.A, "b", 1, 2),
+            compared(Verdict.B, Verdict.A, "b", 1, 3),
+        ],
+    }
+    inputs = {"instructions": asked, "responses": wrote}
+    scores = linked_artifact(folder, "iteration_1/judgements", "judge", inputs, **judged)
+    kept = [
+        PreferencePair(
+            id=f"{name}{best}{worst}",
+            prompt="?",
+            chosen="C",
+            rejected="R",
+            instruction_id=name,
+            chosen_id=f"{name}-{best}",
+            rejected_id=f"{name}-{worst}",
+        )
+        for name, best, worst in (("a", 2, 1), ("b", 2, 1), ("b", 3, 1))
+    ]
+    inputs |= {"judgements": scores, "rule": {"class": "Mine"}, "seed": 0}
+    linked_artifact(folder, "iteration_1/pairs", "pair", inputs, pairs=kept)
+    searcher = Searcher(RunRecords(folder))
+    shown = {
+        name: [one.id for one in found(searcher, file=f"{name}.jsonl", disagreement=ORDERS)]
+        for name in ("comparisons", "instructions", "responses", "pairs")
+    }
+    assert shown == {"comparisons": ["b12"], "instructions": ["b"], "responses": ["b-1", "b-2"], "pairs": ["b21"]}
+    [candidates] = lineage_of(searcher, Label.iteration(1, "pairs"), kept[1]).candidates
+    assert [one for _, one in candidates.comparisons] == judged["comparisons"][1:]
+    assert "the orders disagree" in candidates_html(candidates)
 
 
 def test_gathered_pairs_are_disputed_as_they_are_in_their_parts(searcher: Searcher) -> None:
@@ -364,11 +407,10 @@ def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["judge=pairwise", "data.seed_data.eft_source=none", "evaluate.judge=sft"],
         ["loss=kto", "pair=labels"],
         ["loss=positives", "pair=positives", "pair.minimum_score=0"],
     ],
-    ids=["judge that only compares", "labels", "positives"],
+    ids=["labels", "positives"],
 )
 def test_runs_of_other_kinds_are_shown(overrides: list[str], tmp_path: Path) -> None:
     made = run(tmp_path / "out", *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", *overrides)
@@ -470,14 +512,8 @@ def test_hostile_records_are_shown_as_text(folder: Path, tmp_path: Path) -> None
 
 def test_a_page_of_a_large_file_decodes_its_own_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the filters are computed once, a page reads as many records as it shows."""
-    write_records(tmp_path / "responses.jsonl", (response(f"i{n}-1", f"Text {n}") for n in range(20_000)))
-    (tmp_path / "run/artifacts/iteration_1").mkdir(parents=True)
-    artifact = tmp_path / "store/respond/0123"
-    artifact.mkdir(parents=True)
-    (tmp_path / "responses.jsonl").rename(artifact / "responses.jsonl")
-    manifest = {"stage": "respond", "format": 0, "digest": "d", "inputs": {}, "counts": {}}
-    (artifact / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    (tmp_path / "run/artifacts/iteration_1/responses").symlink_to(artifact)
+    many = [response(f"i{n}-1", f"Text {n}") for n in range(20_000)]
+    linked_artifact(tmp_path / "run", "iteration_1/responses", "respond", responses=many)
     searcher = Searcher(RunRecords(tmp_path / "run"))
     query = Query(file="responses.jsonl", lengths=(None, 9))
     assert searcher.page(query).found == 10_000

@@ -47,11 +47,12 @@ def show(runs: list[Path], host: str, port: int | None, votes: Path | None) -> N
     """
     if find_spec("gradio") is None:
         raise SelfalignError("selfalign-ui needs Gradio: pip install 'selfalign[ui]'")
-    # These import torch, which --help should not wait for.
-    from selfalign.ui.page import Explorer, serve
+    # These import torch and Gradio, which --help should not wait for.
     from selfalign.ui.run_records import open_runs
 
     opened = open_runs(runs)
+    from selfalign.ui.page import Explorer, serve
+
     if host not in LOOPBACK:
         print(f"warning: whoever reaches {host} can read these runs and use their models; there is no password")
     serve(Explorer(opened, votes or runs[0] / "votes.jsonl"), host, port)

@@ -114,6 +114,23 @@ class RecordFile:
         """
         return (record for _, record in read_typed_lines(self.path, self.kind)) if len(self) else iter(())
 
+    def rows_with_text(self, text: str, asked: np.ndarray) -> np.ndarray:
+        """Return which of the rows that are asked about have a part of a text, whatever its capitals.
+
+        Only lines that have its letters somewhere are decoded.
+        """
+        wanted, decoder = text.casefold(), msgspec.json.Decoder()
+        spelled = msgspec.json.encode(text).decode()[1:-1].casefold()
+        found, row = np.zeros(len(self), dtype=bool), 0
+        with self.path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if not line.strip():
+                    continue
+                if asked[row] and spelled in line.casefold():
+                    found[row] = any(wanted in one.casefold() for one in texts_of(decoder.decode(line)))
+                row += 1
+        return found
+
     def rows_with_id(self, name: str) -> list[int]:
         """Return the rows of the records with this id: one or none."""
         rows = self._ids.find(name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from selfalign.runs.labels import Label
 from selfalign.ui.columns import Columns, columns_of
-from selfalign.ui.record_file import RecordFile, texts_of
+from selfalign.ui.record_file import RecordFile
 from selfalign.ui.run_records import RunRecords
 
 PAGE = 20
@@ -172,16 +172,8 @@ class Searcher:
         if query.disagreement:
             fits &= columns.judges if query.disagreement == JUDGES else columns.orders
         if query.text:
-            fits &= self._having_text(label, query, fits)
+            fits &= self._file(label, query.file).rows_with_text(query.text, fits)
         return np.flatnonzero(fits)
-
-    def _having_text(self, label: Label, query: Query, asked: np.ndarray) -> np.ndarray:
-        """Return which of the records that are asked about have the text, reading the file once."""
-        file, wanted = self._file(label, query.file), query.text.casefold()
-        found = np.zeros(len(asked), dtype=bool)
-        for row, record in enumerate(file.stream()):
-            found[row] = asked[row] and any(wanted in text.casefold() for text in texts_of(record))
-        return found
 
     def _hits(self, query: Query, labels: Sequence[Label], results: Sequence[np.ndarray], start: int) -> list[Hit]:
         hits: list[Hit] = []
