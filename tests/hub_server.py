@@ -18,7 +18,7 @@ class Hub:
 
     Attributes:
         refuses: {path's beginning: (status, message)} of requests that are not answered otherwise.
-        files: {owner/name: {path: content}}.
+        files: {owner/name: {path: content}}; the name of a data set is datasets/owner/name, as in its URL.
         private: {owner/name: as it was made}.
         commits: their messages.
     """
@@ -40,17 +40,19 @@ class Hub:
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        _, _, _, owner, name, what, *_ = path.split("/")
-        files = self.files[f"{owner}/{name}"]
+        _, _, kind, owner, name, what, *_ = path.split("/")
+        full = f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
+        files = self.files[full]
         if what == "tree":
             return 200, [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files.items()]
         if what == "preupload":
             asked = [file["path"] for file in json.loads(body)["files"]]
             return 200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in asked]}
-        return self._commit(f"{owner}/{name}", [json.loads(line) for line in body.splitlines()])
+        return self._commit(full, [json.loads(line) for line in body.splitlines()])
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
         name = f"{asked['organization']}/{asked['name']}"
+        name = f"datasets/{name}" if asked["type"] == "dataset" else name
         if name in self.files:
             return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
         self.files[name], self.private[name] = {}, asked["visibility"] == "private"

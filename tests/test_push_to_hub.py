@@ -15,8 +15,9 @@ from selfalign.config.checks import check_repository
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch import push_to_hub as module
-from selfalign.launch.push_to_hub import check_login, publish, repository_files
+from selfalign.launch.push_to_hub import check_login, publish, publish_data, repository_files
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.report.data_set import write_data_set
 from selfalign.runs.folder import run_folder
 from selfalign.runs.reader import Finished
 
@@ -127,6 +128,19 @@ def test_push_removes_the_weights_of_an_earlier_one_and_leaves_other_files(hub: 
     assert not {name for name in hub.files["me/tiny"] if name.startswith("adapter")}
 
 
+def test_data_are_sent_privately_without_the_tables_of_an_earlier_push(hub: Hub, full: Path, tmp_path: Path) -> None:
+    write_data_set(Finished.load(full), tmp_path, "me/tiny")
+    wanted = {
+        path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    hub.files["datasets/me/tiny"] = {"pairs/iteration_7.parquet": b"old", "notes.txt": b"mine"}
+    assert publish_data(full, "me/tiny", private=True).startswith(f"{hub.url}/datasets/me/tiny/commit/")
+    assert hub.files == {"datasets/me/tiny": {**wanted, "notes.txt": b"mine"}}
+    assert {"README.md", "judgements/iteration_1.parquet"} <= wanted.keys()
+    publish_data(full, "me/other", private=True)
+    assert hub.private == {"datasets/me/other": True}
+
+
 # --- a run that pushes -------------------------------------------------------------------------------------------
 
 
@@ -143,11 +157,13 @@ def test_run_with_push_is_the_same_run_and_keeps_no_token(
     assert "README.md" in hub.files["me/tiny"]
     said = capsys.readouterr()
     assert f"published {hub.url}/me/tiny/commit/" in said.out
+    assert f"published {hub.url}/datasets/me/tiny/commit/" in said.out
+    assert hub.private == {"me/tiny": True, "datasets/me/tiny": True}
     assert TOKEN not in said.out + said.err + caplog.text
     files = [path for path in output.rglob("*") if path.is_file()]
     assert full / "model_card.md" in files
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
-    assert not [name for name, content in hub.files["me/tiny"].items() if TOKEN.encode() in content]
+    assert not [name for made in hub.files.values() for name, content in made.items() if TOKEN.encode() in content]
 
 
 def test_failed_push_leaves_the_run_finished(hub: Hub, output: Path, overrides: list[str]) -> None:
@@ -160,8 +176,8 @@ def test_failed_push_leaves_the_run_finished(hub: Hub, output: Path, overrides: 
     assert {path.name for path in folder.iterdir()} >= {"summary.json", "report.html", "model_card.md"}
     assert "stopped" not in (folder / "run.log").read_text()
     hub.refuses = {}
-    assert run(output, *pushed) == folder
-    assert hub.commits
+    assert run(output, *pushed, "hub.data=false") == folder
+    assert hub.files.keys() == {"me/tiny"}
 
 
 def test_nothing_is_sent_unless_asked_for(hub: Hub, output: Path, overrides: list[str], full: Path) -> None:
@@ -225,6 +241,7 @@ def test_hub_that_cannot_be_reached_is_said_to_be(full: Path, monkeypatch: pytes
 SENT = test_push_sends_the_last_model_and_its_card_and_nothing_else
 ADAPTER = test_adapter_is_sent_without_its_base
 PICKLES = test_neither_pickles_nor_code_are_sent_unless_the_code_is_trusted
+DATA = test_data_are_sent_privately_without_the_tables_of_an_earlier_push
 STALE = test_push_removes_the_weights_of_an_earlier_one_and_leaves_other_files
 MUTANTS = [
     ("every file", "else MODEL_FILES", 'else ["*"]', PICKLES),
@@ -239,7 +256,9 @@ MUTANTS = [
         ADAPTER,
     ),
     ("old weights stay", "changes = [CommitOperationDelete(name) for name in stale]", "changes = []", STALE),
-    ("everything else goes", "any(fnmatch(name, pattern) for pattern in WEIGHTS)", "True", STALE),
+    ("old tables stay", '"dataset": ("*/iteration_*.parquet",)', '"dataset": ()', DATA),
+    ("data in the model's place", 'kind="dataset"', 'kind="model"', DATA),
+    ("everything else goes", "any(fnmatch(name, pattern) for pattern in STALE[kind])", "True", STALE),
     ("offline unnoticed", "if is_offline_mode():", "if False:", test_push_offline_is_refused_before_anything_is_made),
 ]
 

@@ -246,7 +246,7 @@ def test_groups_options_and_keys_below_names_are_explained(key: str, parts: list
         ("train.algin.epochs", "no train.algin; did you mean train.align?"),
         ("judge.members.short.modell", "no judge.members.short.modell; did you mean judge.members.short.model?"),
         ("loss.beta.x", "loss.beta has no settings below it: selfalign --explain loss.beta"),
-        ("hub.zzz", "no hub.zzz; hub has private, push, repo_id"),
+        ("hub.zzz", "no hub.zzz; hub has data, private, push, repo_id"),
     ],
 )
 def test_unknown_key_is_answered_with_the_nearest(key: str, said: str) -> None:

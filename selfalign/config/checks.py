@@ -472,7 +472,7 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     yield from _idle_data(config)
     yield from _idle_beside(config)
     if not config.hub.push:
-        yield r"hub\.(repo_id|private)", "hub.push=false pushes nothing to a hub"
+        yield r"hub\.(repo_id|private|data)", "hub.push=false pushes nothing to a hub"
     if not config.dry_run:
         yield "price_per_hour", "only dry_run=true estimates the cost of a run"
     tested = any(isinstance(one, JudgeTest) and one.judge is None for one in config.benchmark.values())

@@ -16,17 +16,19 @@ MISSING: Any = "???"
 
 @dataclass(kw_only=True, slots=True)
 class HubConfig:
-    """Pushing the last model to a model hub.
+    """Pushing the last model to a hub, and the data that it was aligned on.
 
     Attributes:
         push: push the last model and its card after the run, with the user's own login.
         repo_id: the repository, owner/name; created if it does not exist.
         private: whether a created repository is private; an existing one stays as it is.
+        data: push the pairs and judgements that the run made too, as a data set of the same owner/name.
     """
 
     push: bool = False
     repo_id: str = ""
     private: bool = True
+    data: bool = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +59,7 @@ class ExperimentConfig:
         dry_run: make nothing, but run one batch or two steps of every stage on records of the largest size, and
             estimate the memory, time and money that the run needs.
         price_per_hour: of the machine, in any currency, for that estimate.
-        hub: pushes the last model and its card to a model hub.
+        hub: pushes the last model with its card, and the run's pairs and judgements, to a hub.
     """
 
     name: str = "selfalign"

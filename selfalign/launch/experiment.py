@@ -17,7 +17,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.engines.resident import workers_may_stay
 from selfalign.launch.live import FINISHED, LiveReport
 from selfalign.launch.preflight import preflight
-from selfalign.launch.push_to_hub import check_login, publish
+from selfalign.launch.push_to_hub import check_login, publish_run
 from selfalign.losses.protocol import Loss
 from selfalign.metrics.power import what_a_plan_can_see
 from selfalign.models.checkpoint import settle_imports
@@ -105,7 +105,8 @@ def _run(
                 run_pipeline(config, runner)
             conclude(ledger, live, models_of(ledger.artifacts), (write_report, write_card))
         if config.hub.push:
-            print(f"published {publish(folder, config.hub.repo_id, private=config.hub.private)}", flush=True)
+            for address in publish_run(folder, config.hub):
+                print(f"published {address}", flush=True)
         write_json(folder / FINISHED, requested_outputs(config))
     return folder, False
 
@@ -181,7 +182,7 @@ def read_own(path: Path) -> Any:
 
 def requested_outputs(config: ExperimentConfig) -> dict[str, Any]:
     """Return what the configuration requests of a run besides its artifacts."""
-    push = [config.hub.repo_id, config.hub.private] if config.hub.push else []
+    push = [config.hub.repo_id, config.hub.private, config.hub.data] if config.hub.push else []
     return {"tracker": repr(config.tracker), "push": push, "sweep_metric": config.sweep_metric}
 
 

@@ -1,19 +1,29 @@
-"""Push the last policy of a finished run to a model hub. The user's login is used and never stored."""
+"""Push the last policy of a finished run to a hub, and the pairs and judgements that it made.
+
+The user's login is used and never stored.
+"""
 
 import json
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from selfalign.config.experiment import HubConfig
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.files import read_json
 from selfalign.models.pretrained import MODEL_FILES, TRUSTED, PolicyCheckpoint
+from selfalign.report.data_set import write_data_set
 from selfalign.report.model_card import base_on_hub, last_model, model_card
 from selfalign.runs.reader import Finished
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG)
-"""Files of an earlier push that must not be loaded with this model; they are deleted from the repository."""
+STALE = {
+    "model": ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG),
+    "dataset": ("*/iteration_*.parquet",),
+}
+"""{type of repository: files of an earlier push that must not be loaded with these; they are deleted}."""
 
 REASONS = {
     401: "the hub does not accept the login",
@@ -39,6 +49,17 @@ def check_login() -> None:
         raise SelfalignError("hub.push=true needs a login to the hub: run `hf auth login`, or set HF_TOKEN")
 
 
+def publish_run(folder: Path, hub: HubConfig) -> Iterator[str]:
+    """Push a finished run as it is asked for, and yield the commits' URLs.
+
+    Raises:
+        SelfalignError: as `publish`.
+    """
+    yield publish(folder, hub.repo_id, private=hub.private)
+    if hub.data and (address := publish_data(folder, hub.repo_id, private=hub.private)):
+        yield address
+
+
 def publish(folder: Path, repository: str, *, private: bool) -> str:
     """Push the last policy of a finished run and its card as one commit, and return the commit's URL.
 
@@ -50,18 +71,54 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
     Raises:
         SelfalignError: the hub cannot be reached or refuses; the run stays as it is.
     """
+    run = Finished.load(folder)
+    message = f"{last_model(run)} of {folder.name}"
+    return _commit(folder, repository, repository_files(run, repository), message, kind="model", private=private)
+
+
+def publish_data(folder: Path, repository: str, *, private: bool) -> str:
+    """Push the pairs and judgements that a finished run made, and return the commit's URL.
+
+    The data set has the model's name. A run that made none, as one on given pairs, pushes none: "" is returned.
+
+    Args:
+        folder: the run folder.
+        repository: owner/name; created if it does not exist.
+        private: whether a created repository is private.
+
+    Raises:
+        SelfalignError: as `publish`.
+    """
+    run = Finished.load(folder)
+    with TemporaryDirectory() as made:
+        if not write_data_set(run, Path(made), repository):
+            return ""
+        paths = sorted(path for path in Path(made).rglob("*") if path.is_file())
+        files = {path.relative_to(made).as_posix(): str(path) for path in paths}
+        return _commit(folder, repository, files, f"Data of {folder.name}", kind="dataset", private=private)
+
+
+def _commit(
+    folder: Path, repository: str, files: Mapping[str, str | bytes], message: str, *, kind: str, private: bool
+) -> str:
+    """Push files as one commit, and return its URL. `kind` is one of `STALE`.
+
+    Raises:
+        SelfalignError: the hub cannot be reached or refuses; the run stays as it is.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
-    run, hub = Finished.load(folder), HfApi()
-    files = repository_files(run, repository)
+    hub = HfApi()
     try:
-        hub.create_repo(repository, private=private, exist_ok=True)
-        present = hub.list_repo_files(repository)
-        stale = [name for name in present if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        hub.create_repo(repository, private=private, exist_ok=True, repo_type=kind)
+        present = hub.list_repo_files(repository, repo_type=kind)
+        stale = [
+            name for name in present if name not in files and any(fnmatch(name, pattern) for pattern in STALE[kind])
+        ]
         changes = [CommitOperationDelete(name) for name in stale]
         changes += [CommitOperationAdd(name, content) for name, content in files.items()]
-        commit = hub.create_commit(repository, changes, commit_message=f"{last_model(run)} of {folder.name}")
+        commit = hub.create_commit(repository, changes, commit_message=message, repo_type=kind)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: hf_xet's transfers
         raise SelfalignError(
             f"hub.repo_id={repository}: {explain_refusal(error)}. The run in {folder} is finished; repeat the command "
