@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
-from itertools import pairwise
 from typing import Any
 
 from selfalign.metrics import catalog
@@ -211,7 +210,7 @@ def _loss_sentence(run: Finished) -> str:
     labels = [Label.model(row["model"]) for row in run.models if row["iteration"]]
     eras = [
         (start, [label for label in labels if start <= label.iteration_number < end])
-        for start, end in pairwise([*run.losses, math.inf])
+        for start, end in zip(run.losses, [*[*run.losses][1:], math.inf], strict=True)
     ]
     return " ".join(_made_by(run, start, made) for start, made in eras if made)
 
