@@ -35,7 +35,7 @@ from selfalign.launch.hydra_sweep import BasicSweeper, refuse_search_over_seeds,
 from selfalign.launch.sweep import Sweep, restore_global_state, run_job
 from selfalign.report.jobs import find_jobs
 from selfalign.runs import sweep_jobs
-from selfalign.runs.sweep_jobs import Job, JobState, varying_overrides
+from selfalign.runs.sweep_jobs import Job, JobState, progress_text, time_left, varying_overrides
 from selfalign.runs.tracker import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
