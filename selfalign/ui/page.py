@@ -191,7 +191,7 @@ class Explorer:
 
 def build_page(explorer: Explorer) -> gr.Blocks:
     """Return the page of these runs."""
-    with gr.Blocks(title="selfalign", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="selfalign", analytics_enabled=False) as page:
         _html(title(", ".join(explorer.searchers)))
         with gr.Tab("Browse"):
             _browse_tab(page, explorer)
