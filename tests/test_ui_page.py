@@ -3,10 +3,10 @@
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +18,6 @@ from selfalign.cli.ui import main
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.ui.run_records import open_runs
 
 CHROMIUM = Path(os.environ.get("SELFALIGN_CHROMIUM", "/usr/bin/chromium"))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -110,13 +109,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyCheckpoi
     place = tmp_path_factory.mktemp("ui")
     model = taught_policy(tiny_policy, place)
     run = a_run(place / "run", model, nudged_policy(model, place / "other", size=0.01))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of Gradio and what it imports.
-        from selfalign.ui.page import Explorer, serve
-
-        page, address = serve(Explorer(open_runs([run]), place / "votes.jsonl"), "127.0.0.1", None, wait=False)
-        yield address, place / "votes.jsonl"
-        page.close()
+    command = [sys.executable, "-c", "from selfalign.cli.ui import main; main()", str(run)]
+    with Popen([*command, "--votes", str(place / "votes.jsonl")], stdout=PIPE, encoding="utf-8") as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[1], place / "votes.jsonl"
+        server.terminate()
 
 
 @pytest.fixture(params=[1280, 390], ids=["desktop", "phone"])
@@ -210,6 +207,7 @@ def test_chat_with_two_models_ends_in_a_vote_that_is_saved(page: Any, served: tu
 @pytest.mark.nightly
 def test_page_listens_on_loopback_alone(served: tuple[str, Path]) -> None:
     port = urlsplit(served[0]).port
-    listening = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    [server] = psutil.Process().children()
+    listening = [one.laddr for one in server.net_connections("inet") if one.status == psutil.CONN_LISTEN]
     assert {one.ip for one in listening if one.port == port} == {"127.0.0.1"}
     assert {one.ip for one in listening} <= {"127.0.0.1", "::1"}
