@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 
 
 class Labelled(NamedTuple):
-    """A labelled response behind its prompt, of which the beginning may be cut off.
+    """The tokens of a labelled response behind its prompt, of which the beginning may be cut off.
 
-    Attributes:
-        asked: the whole prompt, by which responses to another one are known.
-        group: the tokens.
-        desirable: whether it is desirable.
+    `asked` is the whole prompt, by which responses to another one are known.
     """
 
     asked: Prompt
