@@ -1,17 +1,24 @@
-"""`selfalign-ui`: look at runs in a browser, compare answers, and chat with their models.
-
-Every RUN is a run folder, of a finished, failed or running run. The page shows its records with their lineage, the
-answers of two runs side by side, and a chat with one model or two. A vote between two replies is added to a file of
-preference pairs. The page listens on this machine alone unless --host says otherwise.
-"""
+"""`selfalign-ui`: look at runs in a browser, compare answers, and chat with their models."""
 
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from selfalign.cli.commands import command_parser
 from selfalign.cli.environment import set_environment, set_streams
 from selfalign.cli.errors import report_errors
 from selfalign.core.errors import SelfalignError
+
+ABOUT = """Every RUN is a run folder, of a finished, failed or running run. The page shows its records with their
+lineage, the answers of two runs side by side, and a chat with one model or two. A vote between two
+replies is added to a file of preference pairs. The page listens on this machine alone unless --host
+says otherwise."""
+
+EXAMPLES = {
+    "selfalign-ui outputs/demo-1a2b3c4d": "look at a run, and chat with its models",
+    "selfalign-ui outputs/demo-1a2b3c4d outputs/demo-5e6f7a8b": "compare the answers of two runs",
+    "selfalign-ui outputs/demo-1a2b3c4d --votes votes.jsonl": "add votes to a file of preference pairs",
+}
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -29,8 +36,8 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n\n")
-    found = argparse.ArgumentParser(prog="selfalign-ui", description=f"{about.partition(': ')[2]} {more}")
+    """Return the parser of the command line."""
+    found = command_parser("selfalign-ui", ABOUT, EXAMPLES)
     found.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
     found.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: %(default)s)")
     found.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")

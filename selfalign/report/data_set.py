@@ -48,11 +48,17 @@ def write_data_set(run: Finished, folder: Path, repository: str = "") -> dict[st
     sizes: dict[str, dict[str, int]] = {}
     for number in [] if "path" in run.config["data"] else run.iterations:
         for name, rows in tables(run, number).items():
-            if size := write_table(folder / name / f"iteration_{number}.parquet", name, rows):
-                sizes.setdefault(name, {})[f"iteration_{number}"] = size
+            split = split_of(number)
+            if size := write_table(folder / name / f"{split}.parquet", name, rows):
+                sizes.setdefault(name, {})[split] = size
     if sizes:
         write_atomically(folder / "README.md", [data_card(run, sizes, repository).encode()])
     return sizes
+
+
+def split_of(number: int) -> str:
+    """Return the name of an iteration's split: that of its folder among the artifacts."""
+    return str(Label.iteration(number, ""))
 
 
 def tables(run: Finished, number: int) -> dict[str, Iterator[Row]]:
@@ -228,7 +234,7 @@ def made(run: Finished) -> str:
     lines += [f"Judge: {settings(run.judging)}"] if run.judging else []
     if rule := run.inputs(first).get("rule"):
         lines.append(f"Pair rule: {settings(rule)}")
-    lines += [f"`iteration_{number}` trained M{number + 1}" for number in run.iterations]
+    lines += [f"`{split_of(number)}` trained M{number + 1}" for number in run.iterations]
     lines.append("Models wrote and judged these texts. They may be wrong, and nobody has read all of them.")
     return bullets(lines)
 
