@@ -458,7 +458,7 @@ def test_job_is_finished_when_all_that_was_asked_for_is_done(
 
     published: list[Path] = []
     monkeypatch.setattr(experiment_module, "check_login", lambda: None)
-    monkeypatch.setattr(experiment_module, "publish_run", lambda folder, *_, **__: published.append(folder))
+    monkeypatch.setattr(experiment_module, "publish_run", lambda folder, *_, **__: published.append(folder) or [])
     more = [*told, "hub.push=true", "hub.repo_id=me/mine", "sweep_metric=-rewards/margins"]
     for _ in range(2):
         assert call(*more).code == 0

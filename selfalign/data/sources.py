@@ -101,7 +101,7 @@ USED = {
     "ranked answers": {*TASK, *CRITERIA, "responses"},
     "pairs": {*TASK, "responses", "tools", *TAILS, *chain.from_iterable((*SIDES, *SCORES))},
 }
-"""{kind of record: the fields that it is read from}."""
+"""The fields that each kind of record is read from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,7 @@ PLAIN: dict[type[Any], Callable[[Any], Facts]] = {
     LabelledResponse: _of_labelled,
     PairMargin: lambda one: Facts(_number(one.score_difference)),
 }
-"""{class of records: what is known of one by itself}."""
+"""What is known of a record by itself, by its class."""
 
 
 def _number(value: float | None) -> float:

@@ -54,7 +54,7 @@ TITLES = {
     "preferences.jsonl": "margins of held-out pairs",
     "moved.jsonl": "log-probabilities of answers",
 }
-"""{file of records: its title}; any other has its name."""
+"""The title of each file with records; any other has its name."""
 
 OPEN_ROW = """
 element.addEventListener('click', (event) => {
