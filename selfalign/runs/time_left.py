@@ -44,20 +44,19 @@ def time_left(
         made: the artifacts so far.
     """
     seconds, used = 0.0, set[Label]()
+    last = {kind_of(one): one for one in planned if one.label in made}
     for stage in stages:
-        before = [one for one in planned if one.label in made and recurs(one, stage)]
-        if before:
-            last = before[-1]
-            seconds += made[last.label].seconds * ratio(stage.records, last.records)
-            used.add(last.label)
+        if before := last.get(kind_of(stage)):
+            seconds += made[before.label].seconds * ratio(stage.records, before.records)
+            used.add(before.label)
         elif stage.runs_model:
             return None
     return TimeLeft(seconds, tuple(dict.fromkeys(owner(one.label) for one in planned if one.label in used)))
 
 
-def recurs(one: PlannedStage, other: PlannedStage) -> bool:
-    """Return whether two stages do the same for different iterations or models."""
-    return (one.stage, one.label.kind, one.label.recurring) == (other.stage, other.label.kind, other.label.recurring)
+def kind_of(stage: PlannedStage) -> tuple[str, Kind, str]:
+    """Return what a stage does, which is equal for stages that do the same for different iterations or models."""
+    return stage.stage, stage.label.kind, stage.label.recurring
 
 
 def ratio(records: float, before: float) -> float:
