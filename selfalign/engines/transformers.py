@@ -281,10 +281,10 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         likeliest, tokens = logits.max(-1)
-        _check_likeliest(likeliest, sampling)
+        _check_finite(likeliest, sampling)
         return tokens
     shares = (logits.float() / sampling.temperature).softmax(-1)
-    _check_likeliest(shares.amax(-1), sampling)
+    _check_finite(shares[:, 0], sampling)
     if sampling.top_p == 1:
         return _invert(shares, uniforms, 1.0)
     likely, tokens = shares.topk(min(NUCLEUS_CANDIDATES, shares.shape[-1]))
@@ -296,9 +296,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     return drawn
 
 
-def _check_likeliest(highest: Tensor, sampling: Sampling) -> None:
-    """Check the highest value of each row, which is not finite if any other is NaN or infinite."""
-    if not highest.isfinite().all():
+def _check_finite(values: Tensor, sampling: Sampling) -> None:
+    """Check a value of each row that tells of all: the highest logit, or any share, which are all NaN if one is."""
+    if not values.isfinite().all():
         raise SelfalignError(
             "the policy's next-token probabilities are not finite: the training that made it has diverged (lower its "
             f"learning rate), its dtype is too small for it, or temperature={sampling.temperature:g} is too close to 0 "

@@ -100,7 +100,12 @@ PURPOSES = {
 
 def write_report(folder: Path) -> None:
     """Write report.html from the other files of a run's folder: of a finished run, or what an unfinished one has."""
-    run = Finished.load(folder)
+    write_page(Finished.load(folder))
+
+
+def write_page(run: Finished) -> None:
+    """Write report.html of a run that has been read."""
+    folder = run.folder
     running = run.progress is not None and is_running(folder, run.progress)
     html = page(run, running=running).encode()
     if not running or (folder / PROGRESS).exists():  # If the run has finished meanwhile, its own last page stays.

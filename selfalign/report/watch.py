@@ -10,7 +10,7 @@ from selfalign.metrics import catalog
 from selfalign.report.comparison_page import compare_jobs
 from selfalign.report.html import compact
 from selfalign.report.jobs import find_jobs
-from selfalign.report.run_page import write_report
+from selfalign.report.run_page import write_page
 from selfalign.runs.progress import LOCK, is_held, is_running, read_progress
 from selfalign.runs.reader import Finished, check_artifacts, last_row
 from selfalign.runs.sweep_jobs import JOBS, JobState, jobs_in, progress_text
@@ -104,8 +104,9 @@ def write_run(folder: Path) -> None:
         SelfalignError: the folder is no run's, the run has nothing to show, or an artifact is missing.
     """
     check_begun(folder)
-    check_artifacts(folder, Finished.load(folder).stages)
-    write_report(folder)
+    run = Finished.load(folder)
+    check_artifacts(folder, run.stages)
+    write_page(run)
 
 
 def step_text(folder: Path, label: str) -> str:

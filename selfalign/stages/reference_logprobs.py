@@ -102,10 +102,11 @@ def _score_tokens(scorer: LogProbScorer, tokenizer: "Tokenizer", groups: list[Sh
     """Yield the records of the tokens of some pairs, in their order."""
     values = (row for batch in scorer.plan(groups) for row in scorer.score_tokens(batch))
     for group, (chosen, rejected) in zip(groups, values, strict=True):
-        texts = [
-            [text for at, text in enumerate(token_texts(tokenizer, response)) if at in group.scored_places(index)]
-            for index, response in enumerate(group.responses)
-        ]
+        texts = [token_texts(tokenizer, response) for response in group.responses]
         yield PairTokens(
-            id=group.id, chosen=texts[0], rejected=texts[1], chosen_values=chosen, rejected_values=rejected
+            id=group.id,
+            chosen=[texts[0][at] for at in group.scored_places(0)],
+            rejected=[texts[1][at] for at in group.scored_places(1)],
+            chosen_values=chosen,
+            rejected_values=rejected,
         )
