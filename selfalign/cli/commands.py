@@ -42,13 +42,12 @@ def command_parser(name: str, about: str, examples: dict[str, str]) -> argparse.
         about: more about it, in lines of at most 100 characters; may be empty.
         examples: {command line: what it does}.
     """
-    parser = _Parser(
+    return _Parser(
         prog=name,
         description=about or None,
         epilog=last_sections(name, examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return parser
 
 
 class _Parser(argparse.ArgumentParser):

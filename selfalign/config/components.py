@@ -9,6 +9,7 @@ from selfalign.benchmarks.judge_test import JudgeTest
 from selfalign.benchmarks.protocol import Benchmark
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.judges import PAIR_JUDGE
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import PairRule
 from selfalign.data.schemas import Schema
@@ -54,8 +55,8 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
     for group, kinds in COMPONENTS.items():
         yield group, getattr(config, group), kinds
     if (of_pairs := config.evaluate.preference_pairs.judge) is not None:
-        yield "evaluate.preference_pairs.judge", of_pairs, COMPONENTS["judge"]
-    for key, judge in {"judge": config.judge, "evaluate.preference_pairs.judge": of_pairs}.items():
+        yield PAIR_JUDGE, of_pairs, COMPONENTS["judge"]
+    for key, judge in {"judge": config.judge, PAIR_JUDGE: of_pairs}.items():
         if isinstance(judge, Panel):
             yield from ((place, member, COMPONENTS["judge"]) for place, member in judges_in(key, judge).items())
     if (meta := config.meta_judge) is not None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from selfalign.core.jsonl import read_records
 from selfalign.core.records import Instruction, PairTokens
 from selfalign.report.html import note
 from selfalign.runs.labels import Label
@@ -24,10 +23,13 @@ class Word:
 
 def delta_map(run: Finished) -> str:
     """Return some held-out pairs with each word's part of Δ under the last model; empty if no pair was measured."""
-    found = [(row["model"], pairs) for row in run.models if (pairs := read_tokens(run, row["model"]))]
-    if not found:
+    tokens = {
+        row["model"]: [*run.records(Label.evaluation(row["model"], "preferences"), PairTokens)] for row in run.models
+    }
+    model = next((name for name in reversed(tokens) if tokens[name]), None)
+    if model is None:
         return ""
-    model, pairs = found[-1]
+    pairs = tokens[model]
     texts = {one.id: one.text for one in run.records(Label.input("preferences", "pairs"), Instruction)}
     drawn = [
         (pair, words_of(pair.chosen, pair.chosen_values), words_of(pair.rejected, pair.rejected_values))
@@ -42,12 +44,6 @@ def delta_map(run: Finished) -> str:
     return remark + "".join(
         _pair(texts.get(pair.id, pair.id), chosen, rejected, largest) for pair, chosen, rejected in drawn
     )
-
-
-def read_tokens(run: Finished, model: str) -> list[PairTokens]:
-    """Return what the tokens of the held-out pairs add to a model's Δ; empty if it has none."""
-    path = Label.evaluation(model, "preferences").link_in(run.folder) / "tokens.jsonl"
-    return read_records(path, PairTokens) if path.is_file() else []
 
 
 def words_of(tokens: Sequence[str], deltas: Sequence[float]) -> list[Word]:

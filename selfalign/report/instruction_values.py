@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Comparison, Instruction, PairMargin, RankedAnswers, Response, ResponseScore
 from selfalign.metrics import catalog
 from selfalign.metrics.judge_quality import RankedQuestion
@@ -44,18 +43,20 @@ def _of_responses(value: Callable[[Response], float]) -> Callable[[Finished, str
 
 
 def _mean_score(run: Finished, model: str) -> Units:
-    texts = _texts(run, ALL)
-    asked = {one.id: one.instruction_id for one in run.records(Label.evaluation(model, "answers"), Response)}
-    scores = run.records(Label.evaluation(model, "scores"), ResponseScore)
-    return {texts[asked[one.id]]: one.score for one in scores if one.score is not None}
+    return _scores(run, model, "scores")
 
 
 def _true(run: Finished, model: str) -> Units:
     """Return the share of an instruction's checks that the model's answer passes."""
+    return _scores(run, model, "truth")
+
+
+def _scores(run: Finished, model: str, part: str) -> Units:
+    """Return the scores of a model's answers in one part of its evaluation."""
     texts = _texts(run, ALL)
     asked = {one.id: one.instruction_id for one in run.records(Label.evaluation(model, "answers"), Response)}
-    checked = run.records(Label.evaluation(model, "truth"), ResponseScore)
-    return {texts[asked[one.id]]: one.score for one in checked if one.score is not None}
+    scores = run.records(Label.evaluation(model, part), ResponseScore)
+    return {texts[asked[one.id]]: one.score for one in scores if one.score is not None}
 
 
 def _true_beside_first(run: Finished, model: str) -> tuple[Units, Units]:
@@ -75,9 +76,9 @@ def _true_win_rate(run: Finished, model: str) -> Units:
 
 def _of_pairs(value: Callable[[PairMargin], float]) -> Callable[[Finished, str], Units]:
     def read(run: Finished, model: str) -> Units:
-        path = Label.evaluation(model, "preferences").link_in(run.folder) / "preferences.jsonl"
         texts = _texts(run, PAIRS)
-        return {texts[one.id]: value(one) for one in stream_records(path, PairMargin)} if path.is_file() else {}
+        measured = run.records(Label.evaluation(model, "preferences"), PairMargin)
+        return {texts[one.id]: value(one) for one in measured}
 
     return read
 

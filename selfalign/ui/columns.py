@@ -21,7 +21,7 @@ from selfalign.core.records import (
     ResponseScore,
 )
 from selfalign.runs.labels import Label
-from selfalign.ui.candidates import judges_disagree, orders_disagree, stream_candidates
+from selfalign.ui.candidates import judges_disagree, orders_disagree, roles_in, stream_candidates
 from selfalign.ui.record_file import RecordFile, texts_of
 from selfalign.ui.run_records import RunRecords
 
@@ -179,7 +179,7 @@ def _of_comparison(record: Comparison) -> Facts:
 
 
 def _of_labelled(record: LabelledResponse) -> Facts:
-    role = "desirable" if record.desirable else "undesirable"
+    [(_, role)] = roles_in(record)
     return Facts(_number(record.score), role, length=len(record.response))
 
 

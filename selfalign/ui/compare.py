@@ -10,7 +10,7 @@ from selfalign.data.turns import compared_prompt
 from selfalign.runs.labels import Label
 from selfalign.ui.lineage import Candidates, candidates_of
 from selfalign.ui.record_file import RecordFile
-from selfalign.ui.search import Searcher
+from selfalign.ui.search import Searcher, place_among
 
 SHOWN = 10
 """Instructions on a page."""
@@ -85,8 +85,7 @@ def compare(first: Side, second: Side, text: str = "", number: int = 1) -> Compa
         wanted = text.casefold()
         fits = {row for row, record in enumerate(one.stream()) if wanted in record.text.casefold()}
         found = [pair for pair in found if pair[0] in fits]
-    pages = max(1, -(-len(found) // SHOWN))
-    number = min(max(1, number), pages)
+    number, pages = place_among(len(found), SHOWN, number)
     shown = found[(number - 1) * SHOWN :][:SHOWN]
     records = zip(one.read([row for row, _ in shown]), other.read([row for _, row in shown]), strict=True)
     return Comparisons(

@@ -214,10 +214,9 @@ def candidates_of(searcher: Searcher, label: Label, instruction: str) -> Candida
     """Return the responses of an artifact to one instruction, with what judges say of them."""
     run, lines, answers = searcher.run, list[CandidateLine](), searcher.run.records(label, Response)
     assert answers is not None, "responses have a file"
-    columns = searcher.columns(label, answers.path.name)
-    rows = [row for response in answers.of(instruction) for row in answers.rows_with_id(response.id)]
-    for row, response in zip(rows, answers.read(rows), strict=True):
-        judged = [_judged(run, one, response.id) for one in run.judges_of(label)]
+    columns, judges = searcher.columns(label, answers.path.name), run.judges_of(label)
+    for row, response in answers.rows_of(instruction):
+        judged = [_judged(run, one, response.id) for one in judges]
         lines.append(CandidateLine(response, judged, columns.status.at(row), columns.reason.at(row)))
     compared: list[tuple[Label, Comparison]] = []
     for one in run.comparisons_of(label):
@@ -247,9 +246,8 @@ def _trained(run: RunRecords, label: Label, record: TrainingRecord) -> Trained:
             file = run.records(one, PairMargin)
             measured = file.with_id(record.id) if file else None
             margins += [(one, measured)] if measured is not None else []
-    same = {
-        (one.model, one.record): one for one in reversed(logps)
-    }  # A reference of one model is the policy of others.
+    # A reference of one model is the policy of others.
+    same = {(one.model, one.record): one for one in reversed(logps)}
     ordered = sorted(same.values(), key=lambda one: Label.parse(one.model or "M0").model_number)
     return Trained(label, record, ordered, margins)
 

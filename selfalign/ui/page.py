@@ -307,7 +307,9 @@ def _browse_tab(page: gr.Blocks, explorer: Explorer) -> None:
     rows.click(opened, shown, record, **private).then(None, js=SCROLL, **private)
 
 
-def _query(file: str, artifact: str, iteration: str, status: str, text: str, reason: str, disputed: str, *limits: Any):
+def _query(
+    file: str, artifact: str, iteration: str, status: str, text: str, reason: str, disputed: str, *limits: Any
+) -> Query:
     """Return the query of the filters as the page has them."""
     low, high, short, long = limits
     return Query(

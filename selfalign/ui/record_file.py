@@ -1,6 +1,6 @@
 """A JSONL file whose records are read one by one: the place of every line is known, and which line has which id."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,16 +133,24 @@ class RecordFile:
 
     def rows_with_id(self, name: str) -> list[int]:
         """Return the rows of the records with this id: one or none."""
-        rows = self._ids.find(name)
-        return [row for row, record in zip(rows, self.read(rows), strict=True) if id_of(record) == name]
+        return [row for row, _ in self._find(self._ids, id_of, name)]
 
     def with_id(self, name: str) -> Any | None:
         """Return the record with this id, or None."""
-        return next((record for record in self.read(self._ids.find(name)) if id_of(record) == name), None)
+        return next((record for _, record in self._find(self._ids, id_of, name)), None)
 
     def of(self, owner: str) -> list[Any]:
         """Return the records that belong to an instruction, or to a response."""
-        return [one for one in self.read(self._owners.find(owner)) if owner_of(one) == owner]
+        return [record for _, record in self.rows_of(owner)]
+
+    def rows_of(self, owner: str) -> list[tuple[int, Any]]:
+        """Return the same, each behind its row."""
+        return self._find(self._owners, owner_of, owner)
+
+    def _find(self, column: HashColumn, value_of: Callable[[Any], str], text: str) -> list[tuple[int, Any]]:
+        """Return (row, record) of the records with a text; those that share its hash alone are left out."""
+        rows = column.find(text)
+        return [(row, one) for row, one in zip(rows, self.read(rows), strict=True) if value_of(one) == text]
 
 
 def id_of(record: Any) -> str:

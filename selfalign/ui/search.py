@@ -143,8 +143,7 @@ class Searcher:
         labels = self.labels(query)
         results = self._search(query, tuple(labels))
         found = sum(map(len, results))
-        pages = max(1, -(-found // PAGE))
-        number = min(max(1, number), pages)
+        number, pages = place_among(found, PAGE, number)
         searched = sum(len(self._file(label, query.file)) for label in labels)
         return Page(self._hits(query, labels, results, (number - 1) * PAGE), number, pages, found, searched)
 
@@ -186,6 +185,12 @@ class Searcher:
                 hits.append(Hit(label, row, record, known, columns.status.at(row), columns.reason.at(row)))
             start -= len(rows)
         return hits
+
+
+def place_among(found: int, size: int, number: int) -> tuple[int, int]:
+    """Return the number of the page that is shown, at most the last one, and how many pages there are."""
+    pages = max(1, -(-found // size))
+    return min(max(1, number), pages), pages
 
 
 def within(values: np.ndarray, limits: tuple[float | None, float | None]) -> np.ndarray:
