@@ -17,6 +17,7 @@ os.environ.update(
     WANDB_MODE="offline",
     WANDB_SILENT="true",
     TOKENIZERS_PARALLELISM="false",
+    GRADIO_ANALYTICS_ENABLED="False",
 )
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # One thread to each of several workers.
@@ -68,6 +69,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure() -> None:
     """Ends what forks commands."""
     warm.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Else a command of any later test is another one, and is started anew where a fork would do (warm.py)."""
+    before = dict(os.environ)
+    yield
+    changed = {name for name, _ in before.items() ^ os.environ.items()} - warm.LATE - warm.ANYWAY
+    assert not changed
 
 
 imported = 0

@@ -41,6 +41,11 @@ LATE = {
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
 }
 """Variables that nothing reads at import."""
+ANYWAY = {
+    *("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"),
+    *("PYTHONWARNINGS", "TORCHINDUCTOR_CACHE_DIR"),
+}
+"""Variables that a command sets where they are not set, as the process that forks has done."""
 LATE_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_", "ACCELERATE_")
 
 IMPORTED = (
