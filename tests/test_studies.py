@@ -39,6 +39,9 @@ RECIPES = ["spin", "temporal", "cream", "meta_rewarding", "self_taught", "dice",
 CONTROLS = ["control_verifier", "control_random", "control_swapped"]
 """Runs whose outcome is known before: the test of the whole machine."""
 
+GIVEN = ["piqa_lambda", "piqa_noise"]
+"""Questions of both papers, asked of given pairs."""
+
 TWINS = [name for name in RECIPES if name not in ("self_taught", "rubric_self_reward")]
 """Those that SmolLM2-135M can run; docs/recipes.md says why it cannot run the others."""
 
@@ -126,6 +129,7 @@ def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> N
         *RECIPES,
         *(f"{name}_small" for name in TWINS),
         *CONTROLS,
+        *GIVEN,
     }
 
 
