@@ -18,7 +18,7 @@ from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
 from selfalign.cli.commands import COMMANDS as FAMILY
-from selfalign.cli.environment import conf_folder, set_bars
+from selfalign.cli.environment import conf_folder, set_bars, set_waiting
 from selfalign.cli.errors import explain, report_errors
 from selfalign.cli.main import EXAMPLES
 from selfalign.core.errors import SelfalignError
@@ -492,6 +492,19 @@ def test_pipe_to_another_program_is_not_taken_for_the_output(capsys: pytest.Capt
     with pytest.raises(SystemExit), report_errors("interrupted"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert capsys.readouterr().err.startswith("error: Broken pipe; ")
+
+
+@pytest.mark.parametrize("own", ["", "ACTIVE"])
+def test_threads_wait_awake_for_a_moment_unless_the_environment_says_how(
+    monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    for name in ("GOMP_SPINCOUNT", *(["OMP_WAIT_POLICY"] if not own else [])):
+        monkeypatch.delenv(name)
+    set_waiting()
+    assert os.environ["OMP_WAIT_POLICY"] == (own or "PASSIVE")
+    assert ("GOMP_SPINCOUNT" in os.environ) == (not own)
 
 
 def test_bars_of_libraries_are_off_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # As selfalign sets it.
 
 import torch
 from peft import LoraConfig, get_peft_model
