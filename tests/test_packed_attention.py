@@ -13,14 +13,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models import packed_attention
-from selfalign.models.batches import (
-    SharedPrompt,
-    make_batch,
-    share_prompt,
-)
+from selfalign.models.batches import Before, SharedPrompt, make_batch, pack, share_prompt
+from selfalign.models.checkpoint import autocast
 from selfalign.models.logprobs import score_responses_only
 from selfalign.models.packed_attention import PackedLayout, enable_packing, is_packing
 from selfalign.models.prefix_tree import PrefixTree
+from selfalign.training.objective import forward, frozen_logps
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -167,6 +165,63 @@ def test_packed_and_padded_batches_equal_plain_passes_in_values_and_gradients(
         for parameter, gradient in expected_gradients.items():
             scale = float(gradient.abs().max())
             torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-5 * max(1.0, scale))
+
+
+def behind_x() -> tuple[list[SharedPrompt], list[SharedPrompt]]:
+    """Pairs behind x, two of which begin alike, and behind x with p after it; and one whose p stands before x."""
+    begun = draw(4, 40)
+    asked = [[*begun, *draw(17, 41)], [*begun, *draw(21, 42)], draw(9, 43)]
+    both = [[draw(7, 50 + i), draw(5, 60 + i)] for i in range(3)]
+    p, ends = draw(6, 44), draw(2, 45)
+    given = [[*asked[0], *p, *ends], [*asked[1], *p, *ends], [*p, *asked[2]]]
+
+    def pairs(prompts: list[list[int]]) -> list[SharedPrompt]:
+        return [
+            SharedPrompt(id=str(i), prompt=prompt, responses=responses, num_context_tokens=[0, i])
+            for i, (prompt, responses) in enumerate(zip(prompts, both, strict=True))
+        ]
+
+    return pairs([[*x, *ends] for x in asked[:2]] + asked[2:]), pairs(given)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pass_goes_on_from_the_prompts_of_the_pass_before(models: Any, name: str, dtype: str) -> None:
+    plain, given = behind_x()
+    model = scoring(models[name], packed=True)
+    with autocast(model.device, dtype):
+        batch, _ = forward(model, plain, keep=True, training_pass=True)
+        before = Before.of(batch, plain)
+        assert before
+        assert sum(pack(given, before).inputs["layout"].lengths) < sum(pack(given).inputs["layout"].lengths)
+        found = frozen_logps(model, given, before)
+        expected = frozen_logps(model, given)
+    within = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.3}
+    torch.testing.assert_close(found.chosen, expected.chosen, **within)
+    torch.testing.assert_close(found.rejected, expected.rejected, **within)
+    assert not found.chosen.requires_grad
+
+
+def test_only_what_is_not_known_is_computed_again() -> None:
+    plain, given = behind_x()
+    before = Before(plain, pack(plain).inputs["layout"])
+    alone, batch = pack(given[:2]), pack(given[:2], before)
+    x = len({(at, *prompt[: at + 1]) for prompt in (plain[0].prompt, plain[1].prompt) for at in range(len(prompt) - 2)})
+    assert batch.inputs["input_ids"].numel() == alone.inputs["input_ids"].numel() - x
+    assert batch.targets.tolist() == alone.targets.tolist()
+    # Of p before x nothing is known.
+    assert pack(given[2:], before).inputs["input_ids"].tolist() == pack(given[2:]).inputs["input_ids"].tolist()
+
+
+def test_prompt_that_another_begins_with_is_computed_where_it_predicts_a_target() -> None:
+    """The first prompt's last token is known from the second's, but its hidden state, which is needed, is not."""
+    x = draw(12, 1)
+    groups = [
+        SharedPrompt(id=str(i), prompt=prompt, responses=[draw(3, 2 + i)], num_context_tokens=[0])
+        for i, prompt in enumerate((x, [*x, 5, 6]))
+    ]
+    before = Before(groups, pack(groups).inputs["layout"])
+    assert pack(groups, before).inputs["input_ids"].tolist() == pack(groups).inputs["input_ids"].tolist()
 
 
 def test_the_window_matters_in_these_sequences() -> None:
@@ -326,6 +381,24 @@ def test_attention_over_the_whole_row_is_that_of_each_branch(
     monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
     layout = PackedLayout(PrefixTree([sequence for group in [*groups(), *tree()] for sequence in group.sequences()]))
     tensors = [torch.randn(1, heads, sum(layout.lengths), 16) for heads in (4, 2, 2)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That it is not compiled.
+        found = packed_attention.whole_row(*tensors, layout, 0.3, window)
+    torch.testing.assert_close(
+        found, packed_attention.branch_by_branch(*tensors, layout, 0.3, window), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_attention_over_a_row_that_goes_on_is_that_of_each_branch(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
+    plain, given = behind_x()
+    layout = pack(given, Before(plain, pack(plain).inputs["layout"])).inputs["layout"]
+    own, seen = sum(layout.lengths), len(layout.tree.ids)
+    assert own < seen
+    tensors = [torch.randn(1, heads, tokens, 16) for heads, tokens in ((4, own), (2, seen), (2, seen))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That it is not compiled.
         found = packed_attention.whole_row(*tensors, layout, 0.3, window)

@@ -255,7 +255,7 @@ def ours(job: argparse.Namespace, *, p: str = "", lora: bool = False) -> dict[st
     )
     with tempfile.TemporaryDirectory() as folder:
         out = StageOutput(Path(folder), "step", lambda row: None)
-        objective = Preference(loss, StoredReferences(), starts_as_reference=False, dtype=job.dtype)
+        objective = Preference(loss, StoredReferences(), starts_as_reference=False, dtype=job.dtype, reuses=True)
         trainer = StepTrainer(policy, examples, objective, optimization, out, weights)
         timer = StepTimer(job.steps, profiled=job.profile)
         trainer.add_callback(timer)

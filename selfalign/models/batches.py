@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -505,14 +505,19 @@ def split_by_tokens(groups: Iterable[S], budget: int, *, packed: bool = False) -
         yield run
 
 
-def make_batch(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> Batch:
+def make_batch(model: "PreTrainedModel", groups: Sequence[SharedPrompt], before: "Before | None" = None) -> Batch:
     """Return the groups as the model takes them.
 
     They are packed after `enable_packing`, and go on from their prompts' states after `share_prompt_states` where that
     saves enough. Else they are padded.
+
+    Args:
+        model: the scoring model.
+        groups: prompts with their responses.
+        before: what was computed before by the same weights, from which a packed row goes on.
     """
     if is_packing(model):
-        return pack(groups)
+        return pack(groups, before)
     if shares_prompt_states(model) and PromptStates(lengths_of(groups)).saves:
         return share_states(groups)
     return pad(groups)
@@ -523,10 +528,44 @@ def lengths_of(groups: Sequence[SharedPrompt]) -> list[tuple[int, list[int]]]:
     return [(len(group.prompt), [len(response) for response in group.responses]) for group in groups]
 
 
-def pack(groups: Sequence[SharedPrompt]) -> Batch:
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Groups whose packed row was computed before, and its layout, which has kept the keys and values."""
+
+    groups: Sequence[SharedPrompt]
+    layout: PackedLayout
+
+    @classmethod
+    def of(cls, batch: "Batch", groups: Sequence[SharedPrompt]) -> "Before | None":
+        """Return these groups with what their batch has kept; None if it has kept nothing."""
+        layout = batch.inputs.get("layout")
+        return cls(groups, layout) if isinstance(layout, PackedLayout) and layout.kept else None
+
+    def known(self, tree: PrefixTree, groups: Sequence[SharedPrompt]) -> dict[int, int]:
+        """Return {a token's index in the tree of `groups`: its index in the row before}.
+
+        Known are the tokens of prompts, but for the last, that a prompt before begins with too: none if they are
+        fewer than a quarter of the tree, which is not worth putting the keys in order.
+        """
+        known: dict[int, int] = {}
+        rows, firsts = self.layout.tree.row, first_sequences(self.groups)
+        for group, first in zip(groups, first_sequences(groups), strict=True):
+            shared = [common_prefix(group.prompt[:-1], other.prompt) for other in self.groups]
+            longest = max(range(len(shared)), key=shared.__getitem__)
+            known |= zip(tree.row(first)[: shared[longest]], rows(firsts[longest]), strict=False)
+        return known if 4 * len(known) >= len(tree.ids) else {}
+
+
+def first_sequences(groups: Sequence[SharedPrompt]) -> list[int]:
+    """Return the number of each group's first sequence, counted over all groups."""
+    return [0, *accumulate(len(group.responses) for group in groups[:-1])]
+
+
+def pack(groups: Sequence[SharedPrompt], before: Before | None = None) -> Batch:
     """Return one row in which every distinct prefix of prompts with their responses stands once.
 
-    A token that several responses score behind the same prefix is one target.
+    A token that several responses score behind the same prefix is one target. With `before`, tokens that are known from
+    there are left out, unless one of them predicts a target.
     """
     tree = PrefixTree([sequence for group in groups for sequence in group.sequences()])
     targets: dict[int, int] = {}  # The row's index of each target, and its number.
@@ -539,13 +578,19 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
             places = group.scored_places(index)
             occurrences += [targets.setdefault(row[at], len(targets)) for at in places]
             counts.append(len(places))
+    predicting = [tree.before[at] for at in targets]
+    known = before.known(tree, groups) if before else {}
+    if not known.keys().isdisjoint(predicting):
+        known = {}
+    own = [at for at in range(len(tree.ids)) if at not in known]
     inputs = {
-        "input_ids": torch.tensor([tree.ids]),
-        "position_ids": torch.tensor([tree.positions]),
-        "layout": PackedLayout(tree),
+        "input_ids": torch.tensor([[tree.ids[at] for at in own]]),
+        "position_ids": torch.tensor([[tree.positions[at] for at in own]]),
+        "layout": PackedLayout(tree, known, before.layout if before else None),
     }
+    places = {at: place for place, at in enumerate(own)}
     scored = [tree.ids[at] for at in targets]
-    return _batch(inputs, [tree.before[at] for at in targets], scored, counts, occurrences)
+    return _batch(inputs, [places[at] for at in predicting], scored, counts, occurrences)
 
 
 def share_states(groups: Sequence[SharedPrompt]) -> Batch:

@@ -1,7 +1,7 @@
 """Attention in a packed row, where a token sees only those before it in its own sequences."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
@@ -46,35 +46,73 @@ window and dtype. Beyond torch's own limit of 8 it would go on uncompiled, with 
 class PackedLayout:
     """Which tokens see which in a packed row: a token sees those before it in its own sequences.
 
-    A layout is made once for a batch and used by every layer.
+    A layout is made once for a batch and used by every layer. The row is the tree's, but for the tokens that another
+    row, computed before by the same weights, has too: their keys and values are taken from there.
 
     Attributes:
+        tree: the tree of the sequences.
         lengths: the number of tokens of each branch of the tree. Together they are the row.
-        parts: the lengths of the row's parts, cut wherever a branch begins, ends or parts from another.
+        parts: the lengths of the tree's parts, cut wherever a branch begins, ends or parts from another.
         seen: for each branch, the parts that its tokens see.
+        kept: {attention layer: keys and values of this row}, for rows that go on from it; None keeps none.
     """
 
-    def __init__(self, tree: PrefixTree) -> None:
-        own = [path[-1] for path in tree.branches]
-        self.lengths = [end - start for start, end in own]
+    def __init__(
+        self, tree: PrefixTree, known: Mapping[int, int] | None = None, before: "PackedLayout | None" = None
+    ) -> None:
+        """Lay out a tree.
+
+        Args:
+            tree: the tree of the sequences.
+            known: {the tree's index of a token: its index in the row before}. Whatever a known token sees is known.
+            before: the layout of the row before; its `kept` has the keys and values.
+        """
+        self.tree, known = tree, dict(known or {})
+        self.kept: dict[torch.nn.Module, tuple[Tensor, Tensor]] | None = None
+        begins = [next((at for at in range(*path[-1]) if at not in known), path[-1][1]) for path in tree.branches]
+        branches = [(path, begin) for path, begin in zip(tree.branches, begins, strict=True) if begin < path[-1][1]]
+        self.lengths = [path[-1][1] - begin for path, begin in branches]
         edges = sorted({edge for path in tree.branches for span in path for edge in span})
         self.parts = [end - start for start, end in pairwise(edges)]
         numbers = {edge: number for number, edge in enumerate(edges)}
         self.seen = [
-            [part for start, end in path for part in range(numbers[start], numbers[end])] for path in tree.branches
+            [part for start, end in path for part in range(numbers[start], numbers[end])] for path, _ in branches
         ]
-        self._contexts = [sum(end - start for start, end in path[:-1]) for path in tree.branches]
+        self._contexts = [
+            sum(end - start for start, end in path[:-1]) + begin - path[-1][0] for path, begin in branches
+        ]
         self._ends, self._position = torch.tensor(tree.ends), torch.tensor(tree.positions)
         self._masks: dict[int | None, list[Tensor | None]] = {}
         self._block_masks: dict[int | None, Any] = {}
+        own = [at for at in range(len(tree.ids)) if at not in known]
+        self._own, self._before, self._order = torch.tensor(own), None, torch.tensor([])
+        if before is not None and known:
+            places = known | {at: place for place, at in enumerate(own, start=len(before._own))}
+            self._before, self._order = before, torch.tensor([places[at] for at in range(len(tree.ids))])
 
     def to(self, device: torch.device) -> "PackedLayout":
         """Move the layout to a device, in place."""
         self._ends, self._position = self._ends.to(device), self._position.to(device)
+        self._own, self._order = self._own.to(device), self._order.to(device)
         return self
 
+    def in_order(self, layer: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values of the whole tree from those of the row, in the tree's order.
+
+        All are of shape (1, heads, tokens, head size).
+        """
+        if self.kept is not None:
+            self.kept[layer] = key.detach(), value.detach()
+        if self._before is None:
+            return key, value
+        assert self._before.kept is not None
+        both = zip(self._before.kept[layer], (key, value), strict=True)
+        first, second = (torch.cat(pair, dim=2).index_select(2, self._order) for pair in both)
+        return first, second
+
     def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """Whether the tokens at the row's indices `query` see those at `key`; the two broadcast."""
+        """Whether the tokens at the row's indices `query` see those at the tree's `key`; the two broadcast."""
+        query = self._own[query]
         seen = (key <= query) & (query < self._ends[key])
         return seen & (self._position[query] - self._position[key] < window) if window else seen
 
@@ -104,13 +142,13 @@ class PackedLayout:
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._block_masks:
-            size, device = len(self._ends), self._ends.device
+            device = self._ends.device
             self._block_masks[window] = create_block_mask(
                 lambda batch, head, query, key: self.sees(query, key, window),
                 None,
                 None,
-                size,
-                size,
+                len(self._own),
+                len(self._ends),
                 device=str(device),
             )
         return self._block_masks[window]
@@ -203,6 +241,7 @@ def packed_attention(
                 f"{type(module).__name__} uses {name!r} in its attention, which packing does not support"
             )
     dropout = dropout if module.training else 0.0
+    key, value = layout.in_order(module, key, value)
     if softcap or s_aux is not None:
         attend = partial(attend_by_scores, softcap=softcap, sinks=s_aux)
         output = branch_by_branch(query, key, value, layout, scaling, sliding_window, dropout, attend)

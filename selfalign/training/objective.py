@@ -15,8 +15,9 @@ from selfalign.core.jsonl import chunks
 from selfalign.losses.logps import PairLogps
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Sums, add_sums
-from selfalign.models.batches import Batch, S, SharedPrompt, make_batch
+from selfalign.models.batches import Batch, Before, S, SharedPrompt, make_batch
 from selfalign.models.checkpoint import Policy, autocast
+from selfalign.models.packed_attention import PackedLayout
 from selfalign.training.config import Optimization
 from selfalign.training.parallelism import Microbatch, local_microbatches, unwrap
 
@@ -113,23 +114,33 @@ class Likelihood:
         """Accept every value, because SFT has no known first loss."""
 
 
-def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options: bool) -> tuple[Batch, Any]:
+def forward(
+    model: "PreTrainedModel",
+    groups: Sequence[SharedPrompt],
+    *,
+    keep: bool = False,
+    before: Before | None = None,
+    **options: bool,
+) -> tuple[Batch, Any]:
     """Return the groups as a batch, and the log-probabilities of its targets: nats, shape (targets,).
 
-    With `training_pass=True`, return `TokenScores` instead. The model may be wrapped by DDP.
+    With `training_pass=True`, return `TokenScores` instead. The model may be wrapped by DDP. With `keep`, the batch
+    keeps keys and values, if it is packed, for passes with the same weights that go on from it: their `before`.
     """
     own = unwrap(model)
-    batch = make_batch(own, groups).to(own.device)
+    batch = make_batch(own, groups, before).to(own.device)
+    if keep and isinstance(layout := batch.inputs.get("layout"), PackedLayout):
+        layout.kept = {}
     return batch, model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs, **options)
 
 
-def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
+def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt], before: Before | None = None) -> PairLogps:
     """Compute the log-probabilities of both responses of each pair: nats, summed over tokens, shape (pairs,).
 
     Raises:
         SelfalignError: one is not finite.
     """
-    logps = by_pair(*forward(model, groups))
+    logps = by_pair(*forward(model, groups, before=before))
     finite = (logps.chosen + logps.rejected).isfinite().tolist()
     if wrong := [group.id for group, is_finite in zip(groups, finite, strict=True) if not is_finite]:
         raise SelfalignError(
@@ -208,7 +219,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
         model.train(training)
 
 
-def frozen_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
+def frozen_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt], before: Before | None = None) -> PairLogps:
     """Compute `pair_logps` without gradient and dropout."""
     with frozen(model):
-        return pair_logps(model, groups)
+        return pair_logps(model, groups, before)

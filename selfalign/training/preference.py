@@ -37,7 +37,7 @@ from selfalign.losses.refinement import Normalisation
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Moments, Sums
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
-from selfalign.models.batches import PairExample, encode_pairs
+from selfalign.models.batches import Before, PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.labelled import encode_labelled
 from selfalign.store.artifacts import Artifact
@@ -86,7 +86,9 @@ def open_objective(
     before = StoredReferences("start") if start else references if is_reference else None
     if is_unpaired(loss):
         return Unpaired(loss, references, known, dtype, before)
-    return Preference(cast(PreferenceLoss, loss), references, known, dtype, before)
+    # A dropped activation is another one in the next pass, and checkpointing and shards are there to keep little.
+    reuses = not (optimization.dropout or optimization.gradient_checkpointing or weights.parallelism.sharded)
+    return Preference(cast(PreferenceLoss, loss), references, known, dtype, before, reuses)
 
 
 def encode_preferences(
@@ -138,6 +140,7 @@ class Preference:
         starts_as_reference: whether the policy starts as its reference, so that the first step is known.
         dtype: the dtype of multiplications, which sets the tolerance of the first step.
         start: M_t's log-probabilities, from which changes are measured; None if they are not computed.
+        reuses: whether the pass given p⊕x goes on from what x and p⊕x begin with, as the pass given x has computed it.
         step_loss: the loss of the current step.
         deltas: {pair: Δ} of this process's pairs of the step, where Δ is normalised.
         normalisation: the step's normalisation of Δ.
@@ -148,6 +151,7 @@ class Preference:
     starts_as_reference: bool
     dtype: str
     start: References | None = None
+    reuses: bool = False
     step_loss: PreferenceLoss = field(init=False)
     deltas: dict[str, float] = field(init=False, default_factory=dict)
     normalisation: Normalisation = field(init=False, default_factory=Normalisation)
@@ -190,14 +194,16 @@ class Preference:
         self.normalisation = Normalisation.of(kind, step.total / step.count, step.mean_square, self.loss.beta)
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> ObjectiveOutput:
-        own = unwrap(model)
-        batch, scores = forward(model, groups_of(examples), training_pass=True)
+        own, groups = unwrap(model), groups_of(examples)
+        keep = self.reuses and not self.deltas and augmentation_of(self.loss) is not None
+        batch, scores = forward(model, groups, keep=keep, training_pass=True)
+        before = Before.of(batch, groups) if keep else None
         policy, reference = by_pair(batch, scores.logps), self.references(own, examples)
         if self.deltas:
             offset = torch.tensor([self.deltas[example.id] for example in examples], device=own.device)
             weighed = self.normalisation(offset)
         else:
-            weighed = offset = self.offset(own, examples, policy, reference)
+            weighed = offset = self.offset(own, examples, policy, reference, before)
         losses = self.losses(examples, policy, reference, weighed)
         start = self.losses(examples, reference, reference, weighed)
         policy = policy.detach()
@@ -230,7 +236,12 @@ class Preference:
         return loss(policy, reference, offset, torch.tensor(own, device=policy.chosen.device))
 
     def offset(
-        self, model: "PreTrainedModel", examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps
+        self,
+        model: "PreTrainedModel",
+        examples: Sequence[PairExample],
+        policy: PairLogps,
+        reference: PairLogps,
+        before: Before | None = None,
     ) -> torch.Tensor | None:
         """Return the offset that the loss declares, or None.
 
@@ -240,7 +251,7 @@ class Preference:
         if self.loss.offset in (Offset.score_gap, Offset.win_shares):
             scores = torch.tensor([example.scores for example in examples], device=model.device)
             return scores if self.loss.offset is Offset.win_shares else scores[:, 0] - scores[:, 1]
-        return self.delta(self.loss, model, examples, policy, reference) if is_refined(self.loss) else None
+        return self.delta(self.loss, model, examples, policy, reference, before) if is_refined(self.loss) else None
 
     def delta(
         self,
@@ -249,10 +260,12 @@ class Preference:
         examples: Sequence[PairExample],
         policy: PairLogps | None = None,
         reference: PairLogps | None = None,
+        before: Before | None = None,
     ) -> torch.Tensor:
         """Return Δ as the source of the refinement says, shape (pairs,), without gradient.
 
         Δ_naive needs the log-probabilities given x of policy and reference, which are computed if they are not given.
+        The passes given p⊕x and p⁻⊕x go on from `before`, the pass given x of the same weights, where that is given.
         """
         source = loss.refinement
         if source.source == "constant":
@@ -260,10 +273,10 @@ class Preference:
         if source.source == "naive":
             policy = policy or frozen_logps(model, groups_of(examples))
             return loss.delta(policy, reference or self.references(model, examples))
-        policy_p = frozen_logps(model, groups_of(examples, augmented=True))
+        policy_p = frozen_logps(model, groups_of(examples, augmented=True), before)
         if source.source == "contrastive":
             negatives = [example.negative for example in examples if example.negative is not None]
-            return loss.delta(policy_p, frozen_logps(model, negatives))
+            return loss.delta(policy_p, frozen_logps(model, negatives, before))
         return loss.delta(policy_p, self.references(model, examples, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
