@@ -24,17 +24,18 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.preference import DPO, IPO, SrDPO
 from selfalign.losses.refinement import Refinement
+from selfalign.models import batches
 from selfalign.models.batches import PairExample, SharedPrompt, encode_group, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.config import LoRA
-from selfalign.models.scorer import LogProbScorer
+from selfalign.models.scorer import LogProbScorer, make_scoring
 from selfalign.models.tokenizer import Answer
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.store.artifacts import Artifact, StageOutput
 from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, TrainableWeights, TrainConfig
 from selfalign.training.objective import Likelihood, ObjectiveOutput
-from selfalign.training.preference import Preference
+from selfalign.training.preference import Preference, open_objective
 from selfalign.training.prepare import prepare
 from selfalign.training.reference import StoredReferences, with_reference
 from selfalign.training.train import train
@@ -249,6 +250,63 @@ def test_process_that_sees_several_gpus_trains_on_one_as_on_a_machine_with_one(
     again = run(tmp_path / "again", tiny_policy, demonstrations, **given)
     for name, value in alone.weights.items():
         assert torch.equal(value, again.weights[name]), name
+
+
+@pytest.mark.parametrize("source", ["prompted", "contrastive", "shuffled"])
+def test_step_is_the_same_where_the_pass_behind_p_goes_on_from_x(
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    def group(prompt: list[int], seed: int) -> SharedPrompt:
+        return SharedPrompt(id=str(seed), prompt=prompt, responses=[[seed, 9, 8], [7, seed]], num_context_tokens=[0, 0])
+
+    examples = [
+        PairExample(
+            plain=group([*x, 3], seed),
+            augmented=group([*x, 40, 41, 3], seed),
+            negative=group([*x, 42, 3], seed) if source == "contrastive" else None,
+            reference=[-9.0, -11.0],
+            augmented_reference=[-10.0, -9.5],
+        )
+        for seed, x in enumerate(([*range(20, 45)], [*range(20, 30), *range(50, 70)]), start=11)
+    ]
+    loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source=source, place="after"))
+    computed: list[int] = []
+    pack = batches.pack
+    monkeypatch.setattr(
+        batches, "pack", lambda *given: computed.append((batch := pack(*given)).inputs["input_ids"].numel()) or batch
+    )
+    found: list[tuple[float, dict[str, Tensor], int]] = []
+    for reuses in (False, True):
+        policy = tiny_policy.load("float32", trainable=True)
+        make_scoring(policy)
+        objective = Preference(loss, StoredReferences(), False, "float32", reuses=reuses)
+        computed.clear()
+        output = objective(policy.model, objective.arrange(examples))
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+        found.append((output.loss.item(), gradients, sum(computed)))
+    (expected, by, all_tokens), (value, gradients, tokens) = found
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == by.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, by[name], rtol=1e-5, atol=1e-6)
+    passes = 2 if source == "contrastive" else 1
+    assert all_tokens - tokens == passes * (25 + 20), "x is computed once"
+
+
+@pytest.mark.parametrize(
+    ("options", "reuses"),
+    [({}, True), ({"dropout": 0.1}, False), ({"gradient_checkpointing": True}, False)],
+    ids=["plain", "dropout", "checkpointing"],
+)
+def test_nothing_is_kept_where_passes_differ_or_memory_is_short(
+    tmp_path: Path, options: dict[str, Any], reuses: bool
+) -> None:
+    (tmp_path / "references.jsonl").touch()
+    one = Artifact(stage="any", key="k", path=tmp_path, digest="d", counts={}, seconds=0)
+    objective = open_objective(SrDPO(), one, one, one, None, settings(**options), FLOAT)
+    assert isinstance(objective, Preference)
+    assert objective.reuses == reuses
 
 
 @pytest.mark.usefixtures("gradient_descent")
