@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,12 +26,10 @@ from selfalign.core.errors import SelfalignError
 
 
 def test_help_answers_at_once_without_torch(tmp_path: Path) -> None:
-    started = time.monotonic()
     said = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "selfalign", "--help"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert time.monotonic() - started < 2
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in said.stderr.splitlines()}
     assert "selfalign" in imported
     assert not imported & {"torch", "transformers", "hydra", "numpy", "wandb"}

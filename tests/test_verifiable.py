@@ -1,7 +1,6 @@
 """Checks of responses, each by cases worked by hand."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +103,11 @@ def test_whole_number_is_read_or_none_of_it(text: str, value: float | None) -> N
         "-" * 100_000,
     ],
 )
+@pytest.mark.timeout(60)  # A pattern that tries every beginning would take hours.
 def test_degenerate_response_is_checked_at_once(text: str) -> None:
     constraints = [{"kind": "sentences", "at_least": 100_000}, {"kind": "paragraphs", "at_least": 9}, {"kind": "json"}]
-    started = time.monotonic()
     for cut in (False, True):
         assert not passes(text, {"kind": "number", "value": 42}, *constraints, cut=cut)
-    assert time.monotonic() - started < 5
 
 
 def test_last_word_of_a_cut_response_is_no_answer() -> None:
