@@ -213,6 +213,16 @@ def test_only_what_is_not_known_is_computed_again() -> None:
     assert pack(given[2:], before).inputs["input_ids"].tolist() == pack(given[2:]).inputs["input_ids"].tolist()
 
 
+def test_nothing_is_kept_of_a_model_that_passes_a_layer_twice() -> None:
+    plain, _ = behind_x()
+    batch, layer = pack(plain), torch.nn.Identity()
+    batch.inputs["layout"].kept = {}
+    tensors = [torch.randn(1, 2, batch.inputs["input_ids"].numel(), 16) for _ in range(3)]
+    for _ in range(2):
+        packed_attention.packed_attention(layer, *tensors, None, layout=batch.inputs["layout"])
+    assert Before.of(batch, plain) is None
+
+
 def test_prompt_that_another_begins_with_is_computed_where_it_predicts_a_target() -> None:
     """The first prompt's last token is known from the second's, but its hidden state, which is needed, is not."""
     x = draw(12, 1)

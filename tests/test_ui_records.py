@@ -323,6 +323,18 @@ def test_lineage_of_any_record_of_an_iteration_is_that_of_its_pair(searcher: Sea
     assert all(one.instruction for one in lineages)
 
 
+def test_lineage_of_compared_ranked_answers_is_their_question_s(searcher: Searcher, folder: Path) -> None:
+    compared = read(folder, "evaluation_M1/ranked_comparisons", Comparison)
+    assert compared
+    for one in compared:
+        lineage = lineage_of(searcher, Label.evaluation("M1", "ranked_comparisons"), one)
+        assert lineage.instruction
+        [candidates] = lineage.candidates
+        shown = {line.response.id for line in candidates.lines}
+        assert {one.first_id, one.second_id} <= shown
+        assert {line.response.instruction_id for line in candidates.lines} == {lineage.instruction.id}
+
+
 def test_a_gathered_pair_leads_to_the_iteration_that_made_it(searcher: Searcher) -> None:
     pair = found(searcher, file="pairs.jsonl", artifact="iteration_1/pairs")[0]
     gathered = lineage_of(searcher, Label.iteration(2, "all_pairs"), pair)

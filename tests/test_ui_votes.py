@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 from builders import TINY_RUN, composed, taught_policy
+from thinking_families import FAMILIES, thinking_model
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.core.records import FinishReason
 from selfalign.data.mixtures import data_source
 from selfalign.data.sources import read_pairs
-from selfalign.engines.protocol import Sampling
+from selfalign.engines.protocol import Completion, Request, Sampling
+from selfalign.engines.transformers import TransformersGenerator
 from selfalign.models.chat_template import SYSTEM_PROMPT
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.config import ModelConfig
+from selfalign.models.pretrained import fetch_pretrained
+from selfalign.models.tokenizer import decode_response
 from selfalign.ui.chat import ChatModels, Conversation, Reply
 from selfalign.ui.render import conversation_html
 from selfalign.ui.run_records import RunRecords
@@ -129,6 +134,49 @@ def test_model_answers_under_the_system_prompt_and_sampling_of_its_run(run_with_
     written = policy.model.generate(ids, attention_mask=ids.new_ones(ids.shape), do_sample=False, max_new_tokens=12)
     expected = policy.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     assert made.text.strip() == expected.strip() != ""
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1", "gpt_oss"])
+def test_model_that_thinks_answers_behind_its_folded_thought(
+    monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyCheckpoint, tmp_path: Path, name: str
+) -> None:
+    """It writes a thought as its family does, or goes on from one that the prompt has opened."""
+    model = tmp_path / "run/artifacts/M0"
+    model.mkdir(parents=True)
+    fetch_pretrained(ModelConfig(path=str(thinking_model(tiny_policy, name, tmp_path / name))), model)
+    write_json(model / "manifest.json", {"stage": "load_model", "format": 0, "digest": "d", "inputs": {}, "counts": {}})
+    (tmp_path / "run/config.yaml").write_text(composed(*TINY_RUN)[1], encoding="utf-8")
+    asked_for: list[list[int]] = []
+
+    def write(self: TransformersGenerator, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        asked_for.append(requests[0].prompt)
+        ids = self.tokenizer(f"{FAMILIES[name].thought}A wren.{FAMILIES[name].end}", add_special_tokens=False)[
+            "input_ids"
+        ]
+        return [
+            [
+                Completion(
+                    text=decode_response(self.tokenizer, ids), finish_reason=FinishReason.EOS, tokens=len(ids), ids=ids
+                )
+            ]
+        ]
+
+    monkeypatch.setattr(TransformersGenerator, "generate", write)
+    models, conversation = ChatModels([RunRecords(tmp_path / "run")]), Conversation()
+    for question in ("Name a bird.", "Another?"):
+        conversation = conversation.asked(question)
+        conversation = conversation.answered([models.reply("M0", conversation.messages(), Sampling(), seed=0)])
+    for exchange in conversation.exchanges:
+        [made] = exchange.replies
+        assert made.text == "A wren."
+        assert "Let me see." in made.thought
+    html = conversation_html(conversation)
+    assert html.count("<details><summary>Thinking</summary>") == 2
+    assert html.index("Let me see.") < html.index("A wren.")
+    tokenizer = PolicyCheckpoint(model).load_tokenizer()
+    second = tokenizer.decode(asked_for[1])
+    assert "A wren." in second
+    assert "Let me see." not in second, "a model reads its answers again, not its thoughts"
 
 
 def test_conversation_that_does_not_fit_is_refused(run_with_model: RunRecords) -> None:

@@ -85,10 +85,11 @@ class PackedLayout:
         self._masks: dict[int | None, list[Tensor | None]] = {}
         self._block_masks: dict[int | None, Any] = {}
         own = [at for at in range(len(tree.ids)) if at not in known]
-        self._own, self._before, self._order = torch.tensor(own), None, torch.tensor([])
-        if before is not None and known:
-            places = known | {at: place for place, at in enumerate(own, start=len(before._own))}
-            self._before, self._order = before, torch.tensor([places[at] for at in range(len(tree.ids))])
+        self._own = torch.tensor(own)
+        self._before = before if known else None
+        begun = len(self._before._own) if self._before else 0
+        places = known | {at: place for place, at in enumerate(own, start=begun)}
+        self._order = torch.tensor([places[at] for at in range(len(tree.ids))])
 
     def to(self, device: torch.device) -> "PackedLayout":
         """Move the layout to a device, in place."""
@@ -101,6 +102,8 @@ class PackedLayout:
 
         All are of shape (1, heads, tokens, head size).
         """
+        if self.kept is not None and layer in self.kept:
+            self.kept = None  # A layer that is passed twice has other keys each time.
         if self.kept is not None:
             self.kept[layer] = key.detach(), value.detach()
         if self._before is None:

@@ -158,7 +158,10 @@ def _origin(run: RunRecords, label: Label, record: Any) -> tuple[str, list[Label
             keys = ("responses", "answers", "opponent", "ranked")
             responses = [one for key in keys for one in run.sources(label, key)]
             inner, found = _of_response(run, responses, record.instruction_id)  # A comparison of judgements.
-            return (inner, found) if inner else (record.instruction_id, responses)
+            if inner:
+                return inner, found
+            asked, _ = _of_response(run, responses, record.first_id)  # Of ranked answers, each two are a comparison.
+            return asked or record.instruction_id, responses
         case Judgement():
             return _of_response(run, run.sources(label, "responses"), record.response_id)
         case ResponseScore() | ResponseKL():
