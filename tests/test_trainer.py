@@ -35,6 +35,7 @@ from selfalign.store.artifacts import Artifact, StageOutput
 from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, TrainableWeights, TrainConfig
 from selfalign.training.objective import Likelihood, ObjectiveOutput
+from selfalign.training.parallelism import Parallelism
 from selfalign.training.preference import Preference, open_objective
 from selfalign.training.prepare import prepare
 from selfalign.training.reference import StoredReferences, with_reference
@@ -295,16 +296,22 @@ def test_step_is_the_same_where_the_pass_behind_p_goes_on_from_x(
 
 
 @pytest.mark.parametrize(
-    ("options", "reuses"),
-    [({}, True), ({"dropout": 0.1}, False), ({"gradient_checkpointing": True}, False)],
-    ids=["plain", "dropout", "checkpointing"],
+    ("options", "strategy", "reuses"),
+    [
+        ({}, "ddp", True),
+        ({"dropout": 0.1}, "ddp", False),
+        ({"gradient_checkpointing": True}, "ddp", False),
+        ({}, "fsdp2", False),
+    ],
+    ids=["plain", "dropout", "checkpointing", "shards"],
 )
 def test_nothing_is_kept_where_passes_differ_or_memory_is_short(
-    tmp_path: Path, options: dict[str, Any], reuses: bool
+    tmp_path: Path, options: dict[str, Any], strategy: str, reuses: bool
 ) -> None:
     (tmp_path / "references.jsonl").touch()
     one = Artifact(stage="any", key="k", path=tmp_path, digest="d", counts={}, seconds=0)
-    objective = open_objective(SrDPO(), one, one, one, None, settings(**options), FLOAT)
+    weights = replace(FLOAT, parallelism=Parallelism(strategy=strategy))
+    objective = open_objective(SrDPO(), one, one, one, None, settings(**options), weights)
     assert isinstance(objective, Preference)
     assert objective.reuses == reuses
 
