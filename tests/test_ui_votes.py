@@ -141,10 +141,12 @@ def test_model_that_thinks_answers_behind_its_folded_thought(
     monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyCheckpoint, tmp_path: Path, name: str
 ) -> None:
     """It writes a thought as its family does, or goes on from one that the prompt has opened."""
-    model = tmp_path / "run/artifacts/M0"
-    model.mkdir(parents=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "run/artifacts").mkdir(parents=True)
+    (tmp_path / "run/artifacts/M1").symlink_to(model)
     fetch_pretrained(ModelConfig(path=str(thinking_model(tiny_policy, name, tmp_path / name))), model)
-    write_json(model / "manifest.json", {"stage": "load_model", "format": 0, "digest": "d", "inputs": {}, "counts": {}})
+    write_json(model / "manifest.json", {"stage": "sft", "format": 0, "digest": "d", "inputs": {}, "counts": {}})
     (tmp_path / "run/config.yaml").write_text(composed(*TINY_RUN)[1], encoding="utf-8")
     asked_for: list[list[int]] = []
 
@@ -165,7 +167,7 @@ def test_model_that_thinks_answers_behind_its_folded_thought(
     models, conversation = ChatModels([RunRecords(tmp_path / "run")]), Conversation()
     for question in ("Name a bird.", "Another?"):
         conversation = conversation.asked(question)
-        conversation = conversation.answered([models.reply("M0", conversation.messages(), Sampling(), seed=0)])
+        conversation = conversation.answered([models.reply("M1", conversation.messages(), Sampling(), seed=0)])
     for exchange in conversation.exchanges:
         [made] = exchange.replies
         assert made.text == "A wren."

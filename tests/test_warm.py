@@ -33,6 +33,7 @@ def _with_forks() -> None:
 
 
 def told_by(arguments: list[str], **options: Any) -> dict[str, Any]:
+    options = {"env": warm.STARTED_WITH} | options
     done = warm.run([sys.executable, *arguments], check=True, capture_output=True, text=True, stdin=PIPE, **options)
     assert done.stderr.endswith("error\n")
     return json.loads(done.stdout.splitlines()[-1])
@@ -40,7 +41,7 @@ def told_by(arguments: list[str], **options: Any) -> dict[str, Any]:
 
 def test_fork_has_arguments_folder_environment_path_streams_and_session(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.mark = 'here'")
-    known = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "BUILDS": "b"}
+    known = {**warm.STARTED_WITH, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "BUILDS": "b"}
     first, second = (
         told_by(["-c", TELLS, "a", "b c"], cwd=tmp_path, env=known, start_new_session=True) for _ in range(2)
     )
@@ -103,13 +104,13 @@ def test_fork_is_ended_by_its_pid(number: signal.Signals) -> None:
     ("options", "variables"), [([], {"OMP_NUM_THREADS": "3"}), ([], {"HF_HUB_OFFLINE": "0"}), (["-I"], {})]
 )
 def test_command_that_imports_otherwise_is_started_anew(options: list[str], variables: dict[str, str]) -> None:
-    told = told_by([*options, "-c", TELLS], env={**os.environ, **variables})
+    told = told_by([*options, "-c", TELLS], env={**warm.STARTED_WITH, **variables})
     assert not told["torch"]
     assert told["parent"] == os.getpid()
 
 
 def test_interpreter_for_other_programs_passes_its_fork_s_end_on() -> None:
-    known = {**os.environ, **warm.interpreter()}
+    known = {**warm.STARTED_WITH, **warm.interpreter()}
     for program, code in (
         ("import os, sys; sys.exit('torch' in sys.modules)", 1),
         ("import os; os.kill(os.getpid(), 9)", -9),
