@@ -83,6 +83,8 @@ def set_messages() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # peft 0.21 uses a deprecated name of transformers 5.23; users cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # From transformers 5.24 on it is called `cache`, which 5.23 does not know yet.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     if not distributed.is_main():
         warnings.simplefilter("ignore")
     disable_progress_bar()  # The bar of transformers; selfalign shows its own.

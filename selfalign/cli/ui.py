@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from selfalign.cli.commands import command_parser
-from selfalign.cli.environment import set_environment, set_streams
+from selfalign.cli.environment import set_environment, set_messages, set_streams
 from selfalign.cli.errors import report_errors
 from selfalign.core.errors import SelfalignError
 
@@ -54,6 +54,7 @@ def show(runs: list[Path], host: str, port: int | None, votes: Path | None) -> N
     """
     if find_spec("gradio") is None:
         raise SelfalignError("selfalign-ui needs Gradio: pip install 'selfalign[ui]'")
+    set_messages()
     # These import torch and Gradio, which --help should not wait for.
     from selfalign.ui.run_records import open_runs
 
