@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from benchmarking import write_rows
 from builders import TINY_RUN, composed, run, write_tiny_data
-from thinking_families import thinking_model
+from thinking_families import completion_of, thinking_model
 from transformers import PreTrainedTokenizerBase
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import TransformersGenerator
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -37,9 +36,7 @@ def think(self: TransformersGenerator, requests: Sequence[Request], sampling: Sa
     def write(seed: int) -> Completion:
         words = " ".join(ANIMALS[(seed + n) % 7] for n in range(1 + seed % 3))
         text = THOUGHT.removesuffix("\n</think>\n\n") if seed % 4 == 3 else f"{THOUGHT}A {words} {seed % 101}."
-        ids = self.tokenizer(f"{text}<|im_end|>", add_special_tokens=False)["input_ids"]
-        written = decode_response(self.tokenizer, ids)
-        return Completion(text=written, finish_reason=FinishReason.EOS, tokens=len(ids), ids=ids)
+        return completion_of(self.tokenizer, f"{text}<|im_end|>")
 
     return [[write(seed) for seed in request.seeds] for request in requests]
 

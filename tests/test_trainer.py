@@ -273,9 +273,13 @@ def test_step_is_the_same_where_the_pass_behind_p_goes_on_from_x(
     loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source=source, place="after"))
     computed: list[int] = []
     pack = batches.pack
-    monkeypatch.setattr(
-        batches, "pack", lambda *given: computed.append((batch := pack(*given)).inputs["input_ids"].numel()) or batch
-    )
+
+    def counted(*given: Any) -> batches.Batch:
+        batch = pack(*given)
+        computed.append(batch.inputs["input_ids"].numel())
+        return batch
+
+    monkeypatch.setattr(batches, "pack", counted)
     found: list[tuple[float, dict[str, Tensor], int]] = []
     for reuses in (False, True):
         policy = tiny_policy.load("float32", trainable=True)

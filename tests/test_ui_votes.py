@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from builders import TINY_RUN, composed, taught_policy
-from thinking_families import FAMILIES, thinking_model
+from thinking_families import FAMILIES, completion_of, thinking_model
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
@@ -18,7 +18,6 @@ from selfalign.models.chat_template import SYSTEM_PROMPT
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
-from selfalign.models.tokenizer import decode_response
 from selfalign.ui.chat import ChatModels, Conversation, Reply
 from selfalign.ui.render import conversation_html
 from selfalign.ui.run_records import RunRecords
@@ -152,16 +151,8 @@ def test_model_that_thinks_answers_behind_its_folded_thought(
 
     def write(self: TransformersGenerator, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         asked_for.append(requests[0].prompt)
-        ids = self.tokenizer(f"{FAMILIES[name].thought}A wren.{FAMILIES[name].end}", add_special_tokens=False)[
-            "input_ids"
-        ]
-        return [
-            [
-                Completion(
-                    text=decode_response(self.tokenizer, ids), finish_reason=FinishReason.EOS, tokens=len(ids), ids=ids
-                )
-            ]
-        ]
+        text = f"{FAMILIES[name].thought}A wren.{FAMILIES[name].end}"
+        return [[completion_of(self.tokenizer, text)]]
 
     monkeypatch.setattr(TransformersGenerator, "generate", write)
     models, conversation = ChatModels([RunRecords(tmp_path / "run")]), Conversation()

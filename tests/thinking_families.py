@@ -9,7 +9,10 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
+from selfalign.core.records import FinishReason
+from selfalign.engines.protocol import Completion
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.tokenizer import decode_response
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,3 +171,10 @@ def thinking_model(files: PolicyCheckpoint, name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def completion_of(tokenizer: Any, text: str) -> Completion:
+    """A text as a model of a family would have written it, its end included."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    written = decode_response(tokenizer, ids)
+    return Completion(text=written, finish_reason=FinishReason.EOS, tokens=len(ids), ids=ids)

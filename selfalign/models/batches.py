@@ -550,7 +550,8 @@ class Before:
         known: dict[int, int] = {}
         rows, firsts = self.layout.tree.row, first_sequences(self.groups)
         for group, first in zip(groups, first_sequences(groups), strict=True):
-            shared = [common_prefix(group.prompt[:-1], other.prompt) for other in self.groups]
+            begun = group.prompt[:-1]
+            shared = [common_prefix(begun, other.prompt) for other in self.groups]
             longest = max(range(len(shared)), key=shared.__getitem__)
             known |= zip(tree.row(first)[: shared[longest]], rows(firsts[longest]), strict=False)
         return known if 4 * len(known) >= len(tree.ids) else {}
@@ -582,15 +583,15 @@ def pack(groups: Sequence[SharedPrompt], before: Before | None = None) -> Batch:
     known = before.known(tree, groups) if before else {}
     if not known.keys().isdisjoint(predicting):
         known = {}
-    own = [at for at in range(len(tree.ids)) if at not in known]
+    layout = PackedLayout(tree, known, before.layout if before else None)
     inputs = {
-        "input_ids": torch.tensor([[tree.ids[at] for at in own]]),
-        "position_ids": torch.tensor([[tree.positions[at] for at in own]]),
-        "layout": PackedLayout(tree, known, before.layout if before else None),
+        "input_ids": torch.tensor([[tree.ids[at] for at in layout.own]]),
+        "position_ids": torch.tensor([[tree.positions[at] for at in layout.own]]),
+        "layout": layout,
     }
-    places = {at: place for place, at in enumerate(own)}
+    columns = {at: column for column, at in enumerate(layout.own)}
     scored = [tree.ids[at] for at in targets]
-    return _batch(inputs, [places[at] for at in predicting], scored, counts, occurrences)
+    return _batch(inputs, [columns[at] for at in predicting], scored, counts, occurrences)
 
 
 def share_states(groups: Sequence[SharedPrompt]) -> Batch:

@@ -51,6 +51,7 @@ class PackedLayout:
 
     Attributes:
         tree: the tree of the sequences.
+        own: the tree's index of each token of the row.
         lengths: the number of tokens of each branch of the tree. Together they are the row.
         parts: the lengths of the tree's parts, cut wherever a branch begins, ends or parts from another.
         seen: for each branch, the parts that its tokens see.
@@ -84,17 +85,17 @@ class PackedLayout:
         self._ends, self._position = torch.tensor(tree.ends), torch.tensor(tree.positions)
         self._masks: dict[int | None, list[Tensor | None]] = {}
         self._block_masks: dict[int | None, Any] = {}
-        own = [at for at in range(len(tree.ids)) if at not in known]
-        self._own = torch.tensor(own)
-        self._before = before if known else None
-        begun = len(self._before._own) if self._before else 0
-        places = known | {at: place for place, at in enumerate(own, start=begun)}
-        self._order = torch.tensor([places[at] for at in range(len(tree.ids))])
+        self.own = [at for at in range(len(tree.ids)) if at not in known]
+        self._own, self._before, self._order = torch.tensor(self.own), None, None
+        if before is not None and known:
+            places = known | {at: place for place, at in enumerate(self.own, start=len(before.own))}
+            self._before, self._order = before, torch.tensor([places[at] for at in range(len(tree.ids))])
 
     def to(self, device: torch.device) -> "PackedLayout":
         """Move the layout to a device, in place."""
         self._ends, self._position = self._ends.to(device), self._position.to(device)
-        self._own, self._order = self._own.to(device), self._order.to(device)
+        self._own = self._own.to(device)
+        self._order = None if self._order is None else self._order.to(device)
         return self
 
     def in_order(self, layer: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ class PackedLayout:
             self.kept = None  # A layer that is passed twice has other keys each time.
         if self.kept is not None:
             self.kept[layer] = key.detach(), value.detach()
-        if self._before is None:
+        if self._before is None or self._order is None:
             return key, value
         assert self._before.kept is not None
         both = zip(self._before.kept[layer], (key, value), strict=True)
@@ -150,7 +151,7 @@ class PackedLayout:
                 lambda batch, head, query, key: self.sees(query, key, window),
                 None,
                 None,
-                len(self._own),
+                len(self.own),
                 len(self._ends),
                 device=str(device),
             )
